@@ -1,0 +1,42 @@
+"""Errors a user can act on: one sentence with what, found, wanted and fix, and the exit code the command line gives it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ZooError(Exception):
+    """Base of every error that the zoo raises on purpose; `exit_code` is the status of the command line."""
+
+    exit_code = 1
+
+
+class ConfigError(ZooError, ValueError):
+    """A mistake in a name, an argument or a recipe."""
+
+    exit_code = 2
+
+
+class DataError(ZooError, ValueError):
+    """A data set, an image or a label that cannot be used."""
+
+    exit_code = 3
+
+
+class IntegrityError(ZooError):
+    """A weights file that is damaged, does not fit, or would run code."""
+
+    exit_code = 4
+
+
+class ResourceError(ZooError):
+    """Not enough memory or disk, or an optional package that is not installed."""
+
+    exit_code = 5
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `"; did you mean a or b?"` for the choices nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
