@@ -11,6 +11,7 @@ if not (_here / "kernels").is_dir():
     # In a checkout kernels/, recipes/ and weights/ lie beside zoo/; in an installed package they lie inside it.
     __path__.append(str(_here.parent))
 
+from zoo._timm import register_when_imported  # noqa: E402
 from zoo.errors import ConfigError, DataError, IntegrityError, ResourceError, ZooError  # noqa: E402
 from zoo.registry import ModelInfo, create_model, list_models, load_checkpoint, model_info  # noqa: E402
 
@@ -51,6 +52,8 @@ __all__ = [
     "recipe",
     "train",
 ]
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
