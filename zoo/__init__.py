@@ -1,4 +1,4 @@
-"""Attention for vision and diffusion: models by name, recipes to fine-tune them, kernels under all of them."""
+"""Attention for vision and diffusion: models by name, recipes that train them, kernels under all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
-    # In a checkout kernels/, recipes/ and weights/ lie beside zoo/; in an installed package they lie inside it.
+    # In a checkout kernels/, recipes/ and weights/ lie beside zoo/; once installed they lie inside it.
     __path__.append(str(_here.parent))
 
 from zoo._timm import register_when_imported  # noqa: E402

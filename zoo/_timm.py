@@ -1,7 +1,7 @@
 """Put the zoo's models into timm's registry as soon as timm is imported, without importing it here.
 
-timm with torch and torchvision takes seconds to import, `import zoo` should not; yet `timm.create_model("nat_mini")`
-must work after it, in whichever order the two are imported.
+timm with torch and torchvision takes seconds to import and `import zoo` should not; yet
+`timm.create_model("nat_mini")` must work after it, in whichever order the two are imported.
 """
 
 from __future__ import annotations

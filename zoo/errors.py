@@ -1,4 +1,4 @@
-"""Errors a user can act on: one sentence with what, found, wanted and fix, and the exit code the command line gives it."""
+"""Errors a user can act on: one sentence (what, found, wanted, fix) and the exit code of the command line."""
 
 from __future__ import annotations
 

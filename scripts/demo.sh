@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The main job on real data: train on handwritten digits, evaluate, predict on image files, leave pictures.
+# Everything is inside the clone; run it again and it starts a new run beside the old one.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+zoo_setup
+
+run="runs/digits-demo"
+if [ -e "$run" ]; then run="$run-$(date +%Y%m%d-%H%M%S)"; fi
+
+echo "== training nat_digits on 1,198 handwritten digits (599 more are held out)"
+zoo train classification/digits --run-dir "$run"
+
+echo "== evaluating on the held-out digits"
+zoo eval "$run"
+
+echo "== predicting image files of held-out digits"
+python scripts/write_digits.py "$run/held_out" --count 10
+zoo predict "$run" "$run/held_out" --top-k 3 --json "$run/predictions.json" --explain "$run/attention"
+
+echo "== done; everything is in $run"
+echo "   curves            $run/curves.png"
+echo "   confusion matrix  $run/confusion.png"
+echo "   attention         $run/attention/"
+echo "   predictions       $run/predictions.json"
+echo "   model             $run/model.safetensors"

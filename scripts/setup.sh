@@ -1,0 +1,37 @@
+# Sourced by demo.sh and test.sh: a virtual environment in the clone with the package installed in place.
+# Leaves the clone's root as the working folder and its environment's programs first on PATH.
+# ZOO_PYTHON names another interpreter than python3; ZOO_VENV another place than .venv.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stop() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+zoo_setup() {
+  local python="${ZOO_PYTHON:-python3}" venv="${ZOO_VENV:-.venv}" stamp wanted
+  command -v "$python" >/dev/null || stop "$python not found: install Python 3.11 or newer, or set ZOO_PYTHON"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    stop "$("$python" --version) found, 3.11 or newer needed: set ZOO_PYTHON to a newer interpreter"
+  if [ ! -x "$venv/bin/python" ]; then
+    "$python" -c 'import ensurepip' 2>/dev/null ||
+      stop "$python cannot create virtual environments: install its venv package (Debian: python3-venv)"
+    echo "== creating a virtual environment in $venv"
+    "$python" -m venv "$venv"
+  fi
+  PATH="$(cd "$venv/bin" && pwd):$PATH"
+  export PATH
+  # The environment is made anew only when what it was made from has changed.
+  stamp="$venv/installed-from"
+  wanted="$(cksum <pyproject.toml) $PWD"
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "== installing attnzoo with its recipes and test tools (a few minutes the first time)"
+    python -m pip install --quiet --disable-pip-version-check --editable ".[recipes,dev]" ||
+      stop "installation failed: pip's message is above; check the network and the free disk space (8 GB needed)"
+    echo "$wanted" >"$stamp"
+  else
+    echo "== environment $venv is up to date"
+  fi
+}
