@@ -2,7 +2,7 @@
 # The main job on real data: train on handwritten digits, evaluate, predict on image files, leave pictures.
 # Everything is inside the clone; run it again and it starts a new run beside the old one.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-zoo_setup
+zoo_setup recipes
 
 run="runs/digits-demo"
 if [ -e "$run" ]; then run="$run-$(date +%Y%m%d-%H%M%S)"; fi

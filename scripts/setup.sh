@@ -10,8 +10,9 @@ stop() {
   exit 1
 }
 
+# zoo_setup EXTRAS: the extras of pyproject.toml to install, such as "recipes" or "recipes,dev".
 zoo_setup() {
-  local python="${ZOO_PYTHON:-python3}" venv="${ZOO_VENV:-.venv}" stamp wanted
+  local extras="$1" python="${ZOO_PYTHON:-python3}" venv="${ZOO_VENV:-.venv}" stamp wanted
   command -v "$python" >/dev/null || stop "$python not found: install Python 3.11 or newer, or set ZOO_PYTHON"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     stop "$("$python" --version) found, 3.11 or newer needed: set ZOO_PYTHON to a newer interpreter"
@@ -23,12 +24,12 @@ zoo_setup() {
   fi
   PATH="$(cd "$venv/bin" && pwd):$PATH"
   export PATH
-  # The environment is made anew only when what it was made from has changed.
-  stamp="$venv/installed-from"
+  # Installed again only when what it was installed from has changed.
+  stamp="$venv/installed-${extras//,/-}"
   wanted="$(cksum <pyproject.toml) $PWD"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "== installing attnzoo with its recipes and test tools (a few minutes the first time)"
-    python -m pip install --quiet --disable-pip-version-check --editable ".[recipes,dev]" ||
+    echo "== installing attnzoo[$extras] (a few minutes the first time)"
+    python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]" ||
       stop "installation failed: pip's message is above; check the network and the free disk space (8 GB needed)"
     echo "$wanted" >"$stamp"
   else

@@ -4,7 +4,7 @@
 #   bash scripts/test.sh -m slow         the slow ones
 #   bash scripts/test.sh tests/kernels   one folder
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-zoo_setup
+zoo_setup all
 [ $# -gt 0 ] || set -- -m "not slow"
 echo "== pytest $*"
 # One thread in each worker: more would only compete for the same cores.
