@@ -1,0 +1,107 @@
+"""Which backend computes an operation: what every operation shares.
+
+An operation lists its backends, fastest first. `auto` takes the first that can run the call; a named backend
+is obeyed or refused with its reason, never replaced. The choice is made once per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an operation; both functions take the operation's checked call."""
+
+    name: str
+    run: Callable[[Any], Any]
+    why_not: Callable[[Any], str | None]  # why it cannot run this call, None where it can
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run on this machine at all
+    configuration: Callable[[Any], str] = lambda call: ""  # how it would run this call
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend an operation would use for a call, how, and why not the faster ones."""
+
+    op: str
+    backend: str
+    configuration: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Availability:
+    """One backend of one operation and why it cannot run here (None: it can)."""
+
+    op: str
+    backend: str
+    reason: str | None
+
+
+OPERATIONS: dict[str, tuple[Backend, ...]] = {}  # filled by every op.py, fastest backend first
+
+_default: ContextVar[str] = ContextVar("zoo_backend", default="auto")
+
+
+def current_backend() -> str:
+    """Return what `auto` stands for here; hand it to `use_backend` where work is repeated later."""
+    return _default.get()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let `backend="auto"` mean `name` inside the block, in this thread only.
+
+    Raises: ValueError when no operation has a backend of that name.
+    """
+    names = ["auto", *dict.fromkeys(backend.name for table in OPERATIONS.values() for backend in table)]
+    if name not in names:
+        raise ValueError(f"unknown backend {name!r}; use {', '.join(names)}{did_you_mean(name, names)}")
+    token = _default.set(name)
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+def resolve(op: str, requested: str, call: Any) -> tuple[Backend, str]:
+    """Choose the backend for a call and say why.
+
+    Raises: ValueError for a name the operation does not have; RuntimeError when a named backend cannot run
+    it.
+    """
+    table = OPERATIONS[op]
+    name = _default.get() if requested == "auto" else requested
+    refusals = []
+    if name == "auto":
+        for backend in table:
+            reason = backend.missing() or backend.why_not(call)
+            if reason is None:
+                return backend, "; ".join(refusals) or "the fastest that can run"
+            refusals.append(f"{backend.name} cannot: {reason}")
+        raise RuntimeError(f"no backend of {op} can run this call: {'; '.join(refusals)}")
+    for backend in table:
+        if backend.name == name:
+            reason = backend.missing() or backend.why_not(call)
+            if reason is None:
+                return backend, "asked for by name"
+            able = [b.name for b in table if b.missing() is None and b.why_not(call) is None]
+            raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use {' or '.join(able)}")
+    names = ["auto", *(backend.name for backend in table)]
+    raise ValueError(f"{op} has no backend {name!r}; use {', '.join(names)}{did_you_mean(name, names)}")
+
+
+def backends() -> list[Availability]:
+    """List every backend of every operation and, where it cannot run on this machine, why."""
+    return [
+        Availability(op, backend.name, backend.missing())
+        for op, table in OPERATIONS.items()
+        for backend in table
+    ]
