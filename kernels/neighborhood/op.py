@@ -237,10 +237,6 @@ def _check(
             raise ValueError(
                 f"rpb must be [Hq, 2 * kernel_size - 1 per axis] = {table}, found {tuple(rpb.shape)}"
             )
-        for axis, limits in enumerate(axes):
-            if limits.is_causal or limits.stride != 1:
-                # A query may then lie outside its own window, where the table has no entry.
-                raise ValueError(f"rpb needs stride 1 and no causality, found {limits} on axis {axis}")
 
     tensors = {"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v}
     if _autocasts(q) and q.dtype != torch.float64:
