@@ -131,6 +131,7 @@ DEFINITIONS = {
     "1-D causal with stride": ((12,), (5,), (1,), (3,), (True,), {}),
     "2-D, everything different per axis": ((5, 6), (3, 2), (1, 2), (2, 1), (False, True), {}),
     "2-D with bias and grouped heads": ((5, 7), (3, 3), (1, 2), (1, 1), (False, False), {"rpb": True}),
+    "2-D with bias, stride and causality": ((6, 7), (3, 4), (1, 1), (2, 4), (True, False), {"rpb": True}),
     "2-D with extra keys": ((4, 5), (2, 4), (2, 1), (1, 4), (False, False), {"extra": 3}),
     "3-D": ((3, 4, 2), (2, 3, 2), (1, 1, 1), (1, 2, 1), (True, False, False), {}),
 }
@@ -200,8 +201,6 @@ def test_any_size_and_window_gives_the_same_on_the_cpu_path(
 ):
     torch.manual_seed(seed)
     grid, kernel, dilation, stride, causal = axes
-    if biased:
-        stride, causal = 1, False
     q, k, v = inputs(grid, batch=1, kv_heads=kv_heads, dim=4, grad=True)
     rpb = (
         torch.randn(2, *(2 * n - 1 for n in kernel), dtype=torch.float64, requires_grad=True)
@@ -408,7 +407,6 @@ WRONG = {
     r"rpb must be \[Hq, 2 \* kernel_size - 1 per axis\] = \(4, 5, 5\), found \(4, 7, 7\)": {
         "rpb": torch.randn(4, 7, 7)
     },
-    "rpb needs stride 1 and no causality": {"rpb": torch.randn(4, 5, 5), "stride": 2},
     "k must have q's dtype and device": {"k": torch.randn(2, 10, 8, 4, 8, dtype=torch.float64)},
     "must be float64, float32, float16 or bfloat16": {"q": torch.ones(2, 10, 8, 4, 8, dtype=torch.int64)},
     "q must be": {"q": torch.randn(10, 4, 8)},
