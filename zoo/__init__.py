@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "ops": ("zoo.ops", None),
     "analysis": ("zoo.analysis", None),
+    "diffusion": ("zoo.diffusion", None),
     "capture_attention": ("zoo.attention", "capture_attention"),
     "recipe": ("zoo.recipes.api", "recipe"),
     "train": ("zoo.recipes.api", "train"),

@@ -1,0 +1,63 @@
+"""Training-free attention processors for diffusers: one call in, one handle out.
+
+handle = diffusion.apply_neighborhood(pipe, kernel_size=(32, 32), dense_steps=4)
+...
+handle.remove()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.errors import ConfigError, ResourceError
+
+try:
+    import diffusers  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "diffusers":
+        raise
+    raise ResourceError(
+        "zoo.diffusion needs diffusers, which is not installed; run: pip install 'attnzoo[diffusion]'"
+    ) from error
+
+from zoo.diffusion.handle import Handle, Stats, find_sites
+from zoo.diffusion.layout import TokenLayout
+from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
+
+__all__ = [
+    "Handle",
+    "NeighborhoodConfig",
+    "Stats",
+    "Support",
+    "TokenLayout",
+    "apply_neighborhood",
+    "supported",
+]
+
+METHODS = ("neighborhood",)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a method can be applied (the truth value) and to what, or why not."""
+
+    ok: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def supported(pipe_or_transformer: Any) -> dict[str, Support]:
+    """Say for every method whether it can be applied to this pipeline or transformer now; changes nothing."""
+    report = {}
+    for method in METHODS:
+        try:
+            sites = find_sites(pipe_or_transformer, method)
+        except ConfigError as error:
+            report[method] = Support(False, str(error))
+        else:
+            what = ", ".join(f"{len(site.layers)} layers of {type(site.model).__name__}" for site in sites)
+            report[method] = Support(True, what)
+    return report
