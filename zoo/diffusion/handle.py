@@ -142,10 +142,10 @@ class Handle:
         try:
             for site in sites:
                 for name, layer in site.layers.items():
-                    site.originals[name] = layer.processor
-                    site.processors[name] = processor(site.adapter, self._state, config)
-                    site.processors[name]._attention_backend = layer.processor._attention_backend
-                    layer.set_processor(site.processors[name])
+                    original, ours = layer.processor, processor(site.adapter, self._state, config)
+                    ours._attention_backend = getattr(original, "_attention_backend", None)
+                    site.originals[name], site.processors[name] = original, ours
+                    layer.set_processor(ours)
                 site.hook = site.entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         except BaseException:
             self.remove()

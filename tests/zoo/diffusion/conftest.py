@@ -11,14 +11,14 @@ import torch
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
 
-def build_flux(layers: int = 2) -> torch.nn.Module:
+def build_flux(layers: int = 2, single_layers: int = 2) -> torch.nn.Module:
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
     model = FluxTransformer2DModel(
         in_channels=4,
         num_layers=layers,
-        num_single_layers=layers,
+        num_single_layers=single_layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
