@@ -1,12 +1,376 @@
-"""Placeholder."""
+"""Names become models: the zoo's registry, which is timm's with our names in it."""
 
 from __future__ import annotations
 
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-class ModelInfo: ...
+from zoo.errors import ConfigError, IntegrityError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger("zoo")
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
+
+# Keyword arguments that timm's builder takes before the model sees the rest.
+_BUILDER_ARGUMENTS = (
+    "features_only",
+    "out_indices",
+    "feature_cls",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)
 
 
-def create_model(*a, **k): ...
-def list_models(*a, **k): ...
-def load_checkpoint(*a, **k): ...
-def model_info(*a, **k): ...
+@dataclass(frozen=True)
+class Entry:
+    """One registered model: its class, its row, and its name in timm's registry."""
+
+    name: str
+    timm_name: str
+    model: type[nn.Module]
+    config: Any
+    family: str
+    paper: str
+    attention: str
+    task: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model; counts are measured on the model itself, metrics are as published."""
+
+    name: str
+    family: str
+    task: str
+    attention: str
+    paper: str
+    params: int
+    macs: int
+    input_size: tuple[int, int, int]
+    num_classes: int
+    top1: float | None = None
+    weights: tuple[dict[str, Any], ...] = ()
+    licence: str | None = None
+    recipes: tuple[str, ...] = field(default_factory=tuple)
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register_family(
+    model: type[nn.Module],
+    rows: Mapping[str, Any],
+    *,
+    paper: str,
+    attention: str,
+    task: str = "classification",
+    cfg: Mapping[str, Any] = IMAGENET,
+) -> None:
+    """Register every row of a family with the zoo and with timm; the module's name is the family's.
+
+    `model(cfg=row, **arguments)` builds a model, `model.default_cfg(row)` is its part of timm's
+    configuration and `model.default_features(row)` the stages that `features_only` returns. A name that timm
+    has already is registered there as `zoo_<name>`: timm's own stays untouched.
+    """
+    from timm.models import is_model, register_model
+
+    module = sys.modules[model.__module__]
+    family = model.__module__.rpartition(".")[2]
+    for name, config in rows.items():
+        timm_name = f"zoo_{name}" if is_model(name) else name
+        entry = Entry(name, timm_name, model, config, family, paper, attention, task)
+        if not hasattr(module, "default_cfgs"):
+            module.default_cfgs = {}
+        module.default_cfgs[timm_name] = _timm_cfgs(entry, cfg)
+        register_model(_entry_point(entry))
+        _entries[name] = entry
+
+
+def create_model(
+    name: str,
+    pretrained: bool | str = False,
+    checkpoint_path: str | Path | None = None,
+    num_classes: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model by name.
+
+    `pretrained` loads the published weights (True, or a tag that `model_info` lists), `checkpoint_path` a
+    file. `num_classes` None keeps the model's own count, 0 removes the classifier; another count than the
+    weights' leaves the classifier as initialised. Other arguments are the model's (drop_path_rate, dilations
+    ...) or timm's (features_only, out_indices, in_chans ...).
+    Raises: ConfigError for an unknown name or argument; IntegrityError for weights that do not fit.
+    """
+    entry = _find(name)
+    allowed = _arguments(entry)
+    for argument in kwargs:
+        if argument not in allowed:
+            raise ConfigError(
+                f"unknown argument {argument!r} of {name}; use {', '.join(sorted(allowed))}"
+                f"{did_you_mean(argument, allowed)}"
+            )
+    if pretrained and checkpoint_path is not None:
+        raise ConfigError("give either pretrained or checkpoint_path, not both")
+    if num_classes is not None:
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ConfigError(f"num_classes must be 0 (no classifier) or more, found {num_classes!r}")
+        kwargs["num_classes"] = num_classes
+
+    state = None
+    if checkpoint_path is not None:
+        from zoo.weights.loader import read_state_dict
+
+        state, source = read_state_dict(checkpoint_path), str(checkpoint_path)
+    elif pretrained:
+        from zoo.weights.loader import read_pretrained
+
+        state, source = read_pretrained(name, None if pretrained is True else pretrained)
+    import timm.models
+
+    model = timm.models.model_entrypoint(entry.timm_name)(**kwargs)
+    if state is not None:
+        _load(model, state, source, strict=True)
+    return model
+
+
+def list_models(
+    pattern: str = "*", family: str | None = None, task: str | None = None, pretrained: bool = False
+) -> list[str]:
+    """Names of the models, sorted; `pattern` is a glob such as "dinat*".
+
+    Raises: ConfigError for an unknown family or task.
+    """
+    entries = _all().values()
+    for argument, value, known in (
+        ("family", family, {entry.family for entry in entries}),
+        ("task", task, {entry.task for entry in entries}),
+    ):
+        if value is not None and value not in known:
+            raise ConfigError(
+                f"unknown {argument} {value!r}; use {', '.join(sorted(known))}{did_you_mean(value, known)}"
+            )
+    names = (
+        entry.name
+        for entry in entries
+        if fnmatchcase(entry.name, pattern) and family in (None, entry.family) and task in (None, entry.task)
+    )
+    if pretrained:
+        from zoo.weights.loader import entries_of
+
+        names = (name for name in names if entries_of(name))
+    return sorted(names)
+
+
+def model_info(name: str) -> ModelInfo:
+    """Collect what is known of a model: size and cost, paper, weights, recipes.
+
+    Raises: ConfigError for an unknown name.
+    """
+    import torch
+
+    from zoo.layers import count_macs
+    from zoo.weights.loader import entries_of
+
+    entry = _find(name)
+    with torch.device("meta"):
+        model = create_model(name)
+    input_size = tuple(model.default_cfg["input_size"])
+    weights = entries_of(name)
+    published = [w.metric["top1"] for w in weights if w.metric and "top1" in w.metric]
+    return ModelInfo(
+        name=name,
+        family=entry.family,
+        task=entry.task,
+        attention=entry.attention,
+        paper=entry.paper,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        macs=count_macs(model, input_size),
+        input_size=input_size,
+        num_classes=model.num_classes,
+        top1=published[0] if published else None,
+        weights=tuple(w.summary() for w in weights),
+        licence=next((w.license for w in weights if w.license), None),
+        recipes=tuple(_recipes_of(name)),
+    )
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> list[str]:
+    """Load a published or own weights file into a model, as it is: wrapper keys, prefixes and layouts
+    included.
+
+    With `strict` every parameter must be found with its shape, else nothing is loaded; without, what does
+    not fit is left out. A classifier for another number of classes is always left as initialised. Returns
+    the keys left out. Raises: IntegrityError naming the file and the first five keys that do not fit.
+    """
+    from zoo.weights.loader import read_state_dict
+
+    return _load(model, read_state_dict(path), str(path), strict=strict)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bool) -> list[str]:
+    target = getattr(model, "model", model) if hasattr(model, "feature_info") else model
+    if hasattr(target, "filter_checkpoint"):
+        state = target.filter_checkpoint(state, target)
+    own = target.state_dict()
+    skipped = _classifier_of_other_classes(target, state, own)
+    if skipped:
+        log.info("%s: the classifier has other classes and stays as initialised", source)
+    headless = getattr(target, "num_classes", None) == 0
+    classifier = tuple(f"{name}." for name in _classifiers(target))
+    extra = [key for key in state if key not in own and not (headless and key.startswith(classifier))]
+    pruned = target is not model  # a feature extractor has no norm, no classifier and perhaps fewer stages
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [] if pruned else extra,
+        "misshapen": [
+            f"{key} {list(value.shape)} instead of {list(own[key].shape)}"
+            for key, value in state.items()
+            if key in own and key not in skipped and value.shape != own[key].shape
+        ],
+    }
+    wrong = {kind: keys for kind, keys in problems.items() if keys}
+    if wrong and strict:
+        told = "; ".join(
+            f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            for kind, keys in wrong.items()
+        )
+        raise IntegrityError(
+            f"{source} does not fit {type(target).__name__} ({told}); use the model the file was made with, "
+            "or strict=False to load what fits"
+        )
+    fitting = {
+        key: value
+        for key, value in state.items()
+        if key in own and key not in skipped and value.shape == own[key].shape
+    }
+    if not fitting:
+        raise IntegrityError(f"{source} has no entry that fits {type(target).__name__}")
+    target.load_state_dict(fitting, strict=False)
+    return sorted(
+        [*skipped, *problems["missing"], *extra, *(key.split()[0] for key in problems["misshapen"])]
+    )
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "default_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _classifier_of_other_classes(
+    model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> list[str]:
+    """Keys of classifiers that differ from the model's in the number of classes and in nothing else."""
+    keys = []
+    for name in _classifiers(model):
+        theirs, ours = state.get(f"{name}.weight"), own.get(f"{name}.weight")
+        if theirs is None or ours is None or theirs.ndim != ours.ndim:
+            continue
+        if theirs.shape[1:] == ours.shape[1:] and theirs.shape[0] != ours.shape[0]:
+            keys += [key for key in (f"{name}.weight", f"{name}.bias") if key in own]
+    return keys
+
+
+def _all() -> dict[str, Entry]:
+    import_module("zoo.models")
+    return _entries
+
+
+def _find(name: str) -> Entry:
+    entries = _all()
+    if name not in entries:
+        near = did_you_mean(str(name), entries) or "; zoo.list_models() has all names"
+        raise ConfigError(f"unknown model {name!r}{near}")
+    return entries[name]
+
+
+def _arguments(entry: Entry) -> set[str]:
+    """Every keyword argument that the entry's model understands."""
+    own = set(inspect.signature(entry.model.__init__).parameters) - {"self", "cfg"}
+    return own | {f.name for f in fields(entry.config)} | set(_BUILDER_ARGUMENTS)
+
+
+def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
+    """The function timm calls for a name; arguments that are fields of the row replace them."""
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        from timm.models import build_model_with_cfg
+
+        row = {f.name for f in fields(entry.config)} - set(inspect.signature(entry.model.__init__).parameters)
+        config = replace(entry.config, **{key: kwargs.pop(key) for key in row & kwargs.keys()})
+        kwargs.setdefault("num_classes", config.num_classes)
+        return build_model_with_cfg(
+            entry.model,
+            entry.timm_name,
+            pretrained,
+            model_cfg=config,
+            pretrained_filter_fn=entry.model.filter_checkpoint,
+            kwargs_filter=(
+                "img_size",
+            ),  # timm gives it to models of fixed size; ours read the row's input_size
+            feature_cfg={"out_indices": entry.model.default_features(config), "feature_cls": "getter"},
+            **kwargs,
+        )
+
+    build.__name__ = build.__qualname__ = entry.timm_name
+    build.__module__ = entry.model.__module__
+    build.__doc__ = f"{entry.name}: {entry.attention} attention, {entry.paper}."
+    return build
+
+
+def _timm_cfgs(entry: Entry, cfg: Mapping[str, Any]) -> Any:
+    """timm's configuration of a model, one for every published weights file."""
+    from collections import deque
+
+    from timm.models import DefaultCfg, PretrainedCfg
+
+    from zoo.weights.loader import entries_of
+
+    config = entry.config
+    common = {
+        "num_classes": config.num_classes,
+        "input_size": (3, config.input_size, config.input_size),
+        "crop_pct": config.crop_pct,
+        "classifier": "head",
+        **cfg,
+        **entry.model.default_cfg(config),
+    }
+    tagged = {
+        weights.tag: PretrainedCfg(
+            **{
+                **common,
+                "url": weights.url or "",
+                "file": str(weights.packaged) if weights.packaged else None,
+                "license": weights.license,
+                "origin_url": weights.source or "",
+                **weights.input,
+            }
+        )
+        for weights in entries_of(entry.name)
+    } or {"": PretrainedCfg(**common)}
+    return DefaultCfg(tags=deque(tagged), cfgs=tagged)
+
+
+def _recipes_of(name: str) -> list[str]:
+    """Recipes that train this model, found by reading their files as text."""
+    import zoo
+
+    for root in map(Path, zoo.__path__):
+        folder = root / "recipes" / "configs"
+        if folder.is_dir():
+            return sorted(
+                path.relative_to(folder).with_suffix("").as_posix()
+                for path in folder.rglob("*.yaml")
+                if name in (line.partition("name:")[2].strip() for line in path.read_text().splitlines())
+                or name in (line.partition("model:")[2].strip() for line in path.read_text().splitlines())
+            )
+    return []

@@ -1,0 +1,1 @@
+"""Pure renaming: published key layouts to the zoo's, one new name for every old one."""

@@ -1,0 +1,52 @@
+"""The attention weights of any block of any zoo model, computed beside an ordinary forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """Attention weights of one module in one forward pass, and what their axes mean."""
+
+    weights: Tensor
+    axes: tuple[str, ...]  # one word for every axis of `weights`
+    grid: tuple[int, ...]  # the token grid the queries lie on, padding included
+    keys: Tensor | None = None  # [queries, slots] flat token of every key on that grid, -1: none
+
+
+@contextmanager
+def capture_attention(model: nn.Module) -> Iterator[dict[str, AttentionRecord]]:
+    """Record the attention weights of every attention module that runs inside the block, by module name.
+
+    The records are detached and hold the last forward pass; the model computes as it always does, with any
+    backend, and is left as it was.
+
+        with capture_attention(model) as records:
+            model(images)
+        records["levels.0.blocks.0.attn"].weights  # [B, Y, X, H, keys]
+    """
+    records: dict[str, AttentionRecord] = {}
+
+    def recorder(name: str):  # noqa: ANN202
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            with torch.no_grad():
+                records[name] = module.attention_weights(*arguments)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(recorder(name))
+        for name, module in model.named_modules()
+        if hasattr(module, "attention_weights")
+    ]
+    try:
+        yield records
+    finally:
+        for hook in hooks:
+            hook.remove()

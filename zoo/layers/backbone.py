@@ -1,0 +1,188 @@
+"""The frame of every backbone of the zoo: a stem, stages, a norm and a classifier, with timm's interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import SelectAdaptivePool2d
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from zoo.layers.checkpoint import checkpoint
+
+
+class Backbone(nn.Module):
+    """Token maps stay [B, Y, X, C] inside; images come in and feature maps go out as [B, C, height, width].
+
+    A family sets `stage_list` (the attribute that holds its stages), builds `self.stem_*` layers behind
+    `stem`, and calls `add_head`. A stage is a module with `blocks` and, except for the last, `downsample`;
+    features are taken between the two.
+    """
+
+    output_fmt = "NHWC"
+    stage_list = "stages"
+
+    @property
+    def stages_(self) -> nn.ModuleList:
+        """The stages, whatever the family's checkpoints call them."""
+        return getattr(self, self.stage_list)
+
+    def add_head(
+        self,
+        dims: Sequence[int],
+        reductions: Sequence[int],
+        *,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        **factory: object,
+    ) -> None:
+        """Add the pool and the classifier, and write down what timm wants to know of the stages."""
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": channels, "reduction": reduction, "module": f"{self.stage_list}.{i}"}
+            for i, (channels, reduction) in enumerate(zip(dims, reductions, strict=True))
+        ]
+        self.grad_checkpointing = False
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+
+    def stem(self, x: Tensor) -> Tensor:
+        """Image [B, C, height, width] to the first token map [B, Y, X, C]."""
+        raise NotImplementedError
+
+    def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """Run a stage's blocks, [B, Y, X, C] in and out."""
+        for block in stage.blocks:
+            x = self.forward_block(block, x)
+        return x
+
+    def forward_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Run one block, keeping only its input for backward where that was asked for."""
+        return checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+
+    def next_resolution(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """The step from a stage's last token map to the next stage's first."""
+        return stage.downsample(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image [B, C, height, width] to the normed last token map [B, Y, X, C]."""
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages_):
+            x = self.forward_stage(stage, x)
+            if i + 1 < len(self.stages_):
+                x = self.next_resolution(stage, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Token map [B, Y, X, C] to logits [B, num_classes], or to pooled features with `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image [B, C, height, width] to logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return stage outputs as [B, C, Y, X] (before down-sampling), and the last token map with them.
+
+        `indices` picks stages: the last n, or a list; `norm` applies the final norm to the last one;
+        `stop_early` computes no further than needed.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC, found {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages_), indices)
+        features = []
+        x = self.stem(x)
+        final = len(self.stages_) - 1
+        for i, stage in enumerate(self.stages_):
+            x = self.forward_stage(stage, x)
+            if i in take:
+                feature = self.norm(x) if norm and i == final else x
+                features.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
+            if i == final or (stop_early and i == last):
+                break
+            x = self.next_resolution(stage, x)
+        if intermediates_only:
+            return features
+        return (self.norm(x) if i == final else x), features
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen stages do not need: later stages, and the norm and classifier where asked."""
+        take, last = feature_take_indices(len(self.stages_), indices)
+        shorter = last + 1 < len(self.stages_)
+        setattr(self, self.stage_list, self.stages_[: last + 1])
+        if shorter:
+            if hasattr(self.stages_[-1], "downsample"):
+                self.stages_[-1].downsample = None
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """Return the layer that makes logits."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for `num_classes` (0: none), and the pooling where given."""
+        parameter = next(self.parameters())
+        trainable = any(p.requires_grad for p in self.parameters())
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(
+                self.num_features, num_classes, device=parameter.device, dtype=parameter.dtype
+            ).requires_grad_(trainable)
+        self.head.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only block inputs in training and compute the rest again in backward."""
+        self.grad_checkpointing = enable
+
+    @staticmethod
+    def filter_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Make the entries of a published file the model's by renaming and dropping; nothing by default."""
+        return state
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Say to which layer each parameter belongs, for layer-wise learning rates."""
+        stages = self.stage_list
+        layers = [
+            (rf"^{stages}\.(\d+)\.downsample", (0,)),
+            (rf"^{stages}\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^patch_embed", "blocks": rf"^{stages}\.(\d+)" if coarse else layers}
+
+
+def init_as_published(module: nn.Module) -> None:
+    """Initialise linear layers: normal weights of 0.02 and zero biases; the rest stays as in torch."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth that grows linearly over all blocks, from 0 to `rate`, stage by stage."""
+    values = torch.linspace(0, rate, sum(depths), device="cpu").tolist()
+    return [[values.pop(0) for _ in range(depth)] for depth in depths]
