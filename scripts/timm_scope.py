@@ -1,0 +1,53 @@
+"""A pytest plugin that points timm's own model tests at the zoo's models, and at nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import timm
+from timm.models import _registry, model_entrypoint
+
+import zoo
+
+zoo.list_models()
+OURS = {
+    name for name in _registry.list_models() if model_entrypoint(name).__module__.startswith("zoo.models.")
+}
+_list_models = _registry.list_models
+
+
+def list_models(*arguments: Any, **settings: Any) -> list[str]:
+    """timm's function over our models alone; its choice of timm's modules does not apply to them."""
+    if len(arguments) > 1:
+        arguments = (arguments[0], "", *arguments[2:])
+    settings.pop("module", None)
+    return [name for name in _list_models(*arguments, **settings) if name.partition(".")[0] in OURS]
+
+
+def list_pretrained(filter: str = "", exclude_filters: str = "") -> list[str]:
+    """timm's function over our models alone."""
+    return list_models(filter, pretrained=True, exclude_filters=exclude_filters, include_tags=True)
+
+
+timm.list_models = timm.models.list_models = list_models
+timm.list_pretrained = timm.models.list_pretrained = list_pretrained
+
+
+def pytest_report_header() -> str:
+    return f"timm {timm.__version__}'s tests over {len(OURS)} models of the zoo: {', '.join(sorted(OURS))}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep what runs over listed models; tests that name a model of timm's test that model, not ours."""
+    ours, theirs = [], []
+    for item in items:
+        model = getattr(item, "callspec", None) and item.callspec.params.get("model_name")
+        (ours if isinstance(model, str) and model.partition(".")[0] in OURS else theirs).append(item)
+    config.hook.pytest_deselected(items=theirs)
+    items[:] = ours
