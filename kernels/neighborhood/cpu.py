@@ -2,15 +2,14 @@
 
 Neighbouring queries share most of their keys, so a tile of 8 x 8 queries reads one halo of 14 x 14 keys
 instead of 64 windows of 49. Inside the halo a mask keeps each query's own window. Dilation groups become
-tiles of their own. Small maps are one tile.
+tiles of their own. A small map is one tile, which is dense attention with a mask.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -18,150 +17,125 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.neighborhood import reference
-from zoo.kernels.neighborhood.geometry import TABLES, Axis, tables
+from zoo.kernels.neighborhood.geometry import Axis, keys_of, outer
 
 DENSE_TOKENS = 256  # up to here one masked dense attention is faster than tiles
-TILE_OVERHEAD = 96.0  # cost of one tile, in query-key products per query: copies of the halo and of the mask
+COPIED_TOKEN = 16.0  # cost of copying one token into a tile, in query-key products
+TILE = 2000.0  # cost of one more tile, likewise
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Tiles along one axis: n tiles of t queries, each with a halo of h keys, in P distinct patterns."""
 
     queries: np.ndarray  # [n, t] token of every query
     keys: np.ndarray  # [n, h] token of every key
     pattern: np.ndarray  # [n] which pattern a tile has
-    allowed: np.ndarray  # [P, t, h] does the query see the key
+    seen: np.ndarray  # [P, t, h] does the query see the key
     relative: np.ndarray  # [P, t, h] (key - query) / dilation + kernel_size - 1, within the bias table
 
 
 def _tile(axis: Axis, size: int) -> Tiles:
     """Cut one axis into tiles of `size` queries; a dilation group's last tile overlaps the one before."""
-    start, end = axis.windows()
-    groups = np.arange(axis.dilation)
-    firsts, group_of_tile = [], []
-    for group in groups:
-        length = int(axis.group_length(group))
-        first = np.minimum(np.arange(0, length, size), length - size)
-        firsts.append(first)
-        group_of_tile.append(np.full_like(first, group))
-    first, group = np.concatenate(firsts)[:, None], np.concatenate(group_of_tile)[:, None]
-    positions = first + np.arange(size)
-    queries = positions * axis.dilation + group
-    q_start, q_end = start[queries], end[queries]  # [n, t]
-    halo = int((q_end.max(axis=1) - q_start.min(axis=1)).max())
+    starts, groups = [], []
+    for group in range(axis.dilation):
+        length = int(axis.group_length(np.array(group)))
+        starts.append(np.minimum(np.arange(0, length, size), length - size))
+        groups.append(np.full_like(starts[-1], group))
+    group = np.concatenate(groups)[:, None]
+    position = np.concatenate(starts)[:, None] + np.arange(size)  # [n, t], within the group
+    queries = position * axis.dilation + group
+    first, end = (edge[queries] for edge in axis.windows())
+    halo = int((end.max(1) - first.min(1)).max())
     length = axis.group_length(group)
-    key_positions = np.minimum(q_start.min(axis=1, keepdims=True), np.maximum(length - halo, 0)) + np.arange(
-        halo
-    )
-    seen = (key_positions[:, None] >= q_start[..., None]) & (key_positions[:, None] < q_end[..., None])
-    apart = key_positions[:, None] - positions[..., None] + axis.kernel_size - 1
-    relative = np.clip(apart, 0, 2 * axis.kernel_size - 2)
-    keys = np.minimum(key_positions, length - 1) * axis.dilation + group
-    return _with_patterns(queries, keys, seen, relative)
+    key = np.minimum(first.min(1, keepdims=True), np.maximum(length - halo, 0)) + np.arange(halo)  # [n, h]
+    seen = (first[..., None] <= key[:, None]) & (key[:, None] < end[..., None])
+    keys = np.minimum(key, length - 1) * axis.dilation + group
+    return _tiles(axis, queries, keys, seen, key[:, None] - position[..., None])
 
 
 def _whole(axis: Axis) -> Tiles:
     """The whole axis as one tile, dilation groups and all."""
-    start, end = axis.windows()
+    first, end = axis.windows()
     tokens = np.arange(axis.length)
-    group, position = tokens % axis.dilation, tokens // axis.dilation
-    seen = (group[:, None] == group) & (position >= start[:, None]) & (position < end[:, None])
-    relative = np.clip(position - position[:, None] + axis.kernel_size - 1, 0, 2 * axis.kernel_size - 2)
-    return _with_patterns(tokens[None], tokens[None], seen[None], relative[None])
+    position, group = np.divmod(tokens, axis.dilation)
+    seen = (group[:, None] == group) & (first[:, None] <= position) & (position < end[:, None])
+    return _tiles(axis, tokens[None], tokens[None], seen[None], (position - position[:, None])[None])
 
 
-def _with_patterns(queries: np.ndarray, keys: np.ndarray, seen: np.ndarray, relative: np.ndarray) -> Tiles:
+def _tiles(axis: Axis, queries: np.ndarray, keys: np.ndarray, seen: np.ndarray, apart: np.ndarray) -> Tiles:
     """Keep mask and offsets once for all the tiles that share them: inner tiles are all alike."""
+    relative = np.where(seen, apart + axis.kernel_size - 1, 0)
     both = np.concatenate([seen, relative], axis=2).reshape(len(seen), -1)
     _, first, pattern = np.unique(both, axis=0, return_index=True, return_inverse=True)
     return Tiles(queries, keys, pattern.reshape(-1), seen[first], relative[first])
 
 
 def _tile_sizes(axes: tuple[Axis, ...]) -> tuple[int, ...]:
-    """Tile sizes with the least work: query-key products, plus an overhead for every tile."""
+    """Tile sizes with the least work: query-key products, and the tokens that are copied."""
     candidates = []
     for axis in axes:
-        shortest = int(axis.group_length(np.array(axis.dilation - 1)))
-        sizes = range(1, shortest + 1) if shortest <= 16 else [4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 48, 64]
-        sizes = [size for size in sizes if size <= shortest]
-        counts = [axis.dilation * ceil(ceil(axis.length / axis.dilation) / size) for size in sizes]
+        lengths = axis.group_length(np.arange(axis.dilation))
+        shortest = int(lengths.min())
+        sizes = [n for n in (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 96, 128) if n <= shortest]
+        counts = [int((-(-lengths // size)).sum()) for size in sizes]
         halos = [min(shortest, size + axis.kernel_size - 1) for size in sizes]
         candidates.append(list(zip(sizes, counts, halos, strict=True)))
 
     def cost(choice: tuple[tuple[int, int, int], ...]) -> float:
         queries, tiles, keys = (prod(axis[i] for axis in choice) for i in range(3))
-        return tiles * (queries * keys + TILE_OVERHEAD * (keys + queries))
+        return tiles * (queries * keys + COPIED_TOKEN * (queries + keys) + TILE)
 
     return tuple(size for size, _, _ in min(product(*candidates), key=cost))
 
 
 class Plan(NamedTuple):
-    """Tiles over all axes, flattened: M tiles of t queries and h keys, P patterns. As arrays, then as
-    tensors."""
+    """The tiles of a grid: M tiles of t queries and h keys in P patterns; tokens are flat indices.
 
-    queries: Tensor  # [M * t] flat tokens, empty where they are the tokens in order
-    keys: Tensor  # [M * h], empty where they are the tokens in order
-    place: Tensor  # [N] where each token's result stands among the M * t queries, empty likewise
+    First made of arrays, then of tensors.
+    """
+
+    queries: Tensor  # [M * t]; empty where it would list all tokens in order
+    keys: Tensor  # [M * h]; likewise
+    place: Tensor  # [N] where each token stands in `queries`; likewise
     pattern: Tensor  # [M]
-    mask: Tensor  # [P, t, h] float32: 0 or -inf
-    relative: Tensor  # [P, t * h] flat index into the bias table
-
-    @property
-    def tiles(self) -> int:
-        return self.pattern.shape[0]
+    seen: Tensor  # [P, t, h]
+    relative: Tensor  # [P, t, h] flat index into the bias table
 
 
 @lru_cache(maxsize=64)
-def plan(axes: tuple[Axis, ...]) -> tuple[np.ndarray, ...]:
-    """Choose the tiles of a grid and write down what they need; depends on the geometry only."""
+def _plan(axes: tuple[Axis, ...]) -> Plan:
     tokens = prod(axis.length for axis in axes)
     if tokens <= DENSE_TOKENS:
         per_axis = [_whole(axis) for axis in axes]
     else:
         per_axis = [_tile(axis, size) for axis, size in zip(axes, _tile_sizes(axes), strict=True)]
-    first = per_axis[0]
-    queries, keys, pattern, seen, relative = (
-        first.queries,
-        first.keys,
-        first.pattern,
-        first.allowed,
-        first.relative,
-    )
+    queries, keys, pattern, seen, relative = per_axis[0]
     for axis, tiles in zip(axes[1:], per_axis[1:], strict=True):
-        queries = _outer(queries * axis.length, tiles.queries)
-        keys = _outer(keys * axis.length, tiles.keys)
-        pattern = (pattern[:, None] * len(tiles.allowed) + tiles.pattern).reshape(-1)
-        seen = _outer2(seen, tiles.allowed, np.logical_and)
-        relative = _outer2(relative * (2 * axis.kernel_size - 1), tiles.relative, np.add)
-    place = np.zeros(tokens, dtype=np.int64)
-    place[queries.ravel()] = np.arange(queries.size)
-    nothing, in_order = np.zeros(0, dtype=np.int64), np.arange(tokens)
-    same = np.array_equal(queries.ravel(), in_order)
-    return Plan(
-        queries=nothing if same else queries.ravel(),
-        keys=nothing if np.array_equal(keys.ravel(), in_order) else keys.ravel(),
-        place=nothing if same else place,
-        pattern=pattern,
-        mask=np.where(seen, np.float32(0), np.float32(-np.inf)),
-        relative=relative.reshape(len(relative), -1),
-    )
+        queries = outer(queries * axis.length, tiles.queries, np.add)
+        keys = outer(keys * axis.length, tiles.keys, np.add)
+        pattern = outer(pattern * len(tiles.seen), tiles.pattern, np.add)
+        seen = outer(seen, tiles.seen, np.logical_and)
+        relative = outer(relative * (2 * axis.kernel_size - 1), tiles.relative, np.add)
+    queries, keys, in_order = queries.ravel(), keys.ravel(), np.arange(tokens)
+    place = np.empty_like(in_order)
+    place[queries] = np.arange(queries.size)
+    queries, keys, place = (x[:0] if np.array_equal(x, in_order) else x for x in (queries, keys, place))
+    return Plan(queries, keys, place, pattern, seen, relative)
 
 
-TABLES["tiles"] = plan
+# A tracer keeps the plan as constants of its graph.
+@torch.compiler.assume_constant_result
+def _plan_tensors(axes: tuple[Axis, ...]) -> list[Tensor]:
+    return [torch.from_numpy(array) for array in _plan(axes)]
 
 
-def _outer(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """[n, t] and [m, s] to [n * m, t * s], entries added."""
-    out = left[:, None, :, None] + right[None, :, None, :]
-    return out.reshape(left.shape[0] * right.shape[0], -1)
-
-
-def _outer2(left: np.ndarray, right: np.ndarray, join: np.ufunc) -> np.ndarray:
-    """[p, t, h] and [r, s, g] to [p * r, t * s, h * g], entries joined."""
-    out = join(left[:, None, :, None, :, None], right[None, :, None, :, None, :])
-    return out.reshape(left.shape[0] * right.shape[0], left.shape[1] * right.shape[1], -1)
+def describe(axes: tuple[Axis, ...]) -> str:
+    """How a grid would be computed, in words."""
+    plan = _plan(axes)
+    _, queries, keys = plan.seen.shape
+    if len(plan.pattern) == 1:
+        return "one dense attention with a mask"
+    return f"{len(plan.pattern)} tiles of {queries} queries and {keys} keys"
 
 
 def neighborhood_attention(
@@ -177,79 +151,124 @@ def neighborhood_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [B, *grid, Hq, Dv] and, where asked for, the natural-log LSE [B, *grid, Hq]."""
-    if not _finite(k, v):
-        # A tile multiplies the keys outside a window by zero, which NaN and infinity survive; the definition
-        # never reads them.
-        return reference.neighborhood_attention(q, k, v, axes, scale, rpb, extra_k, extra_v)
-    layout = Plan(*tables("tiles", axes))
-    grid, heads = q.shape[1:-2], q.shape[-2]
-    shared = heads // k.shape[-2]
-    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
-    q = _select(q, layout.queries, layout.tiles)
-    k, v = (
-        _select(x, layout.keys, layout.tiles).repeat_interleave(shared, 1) for x in (k, v)
-    )  # [B, H, M, h, D]
-    bias = _bias(layout, rpb, q)  # [H or 1, M, t, h]
-    if extra_k is not None:
-        more = (x.transpose(1, 2).repeat_interleave(shared, 1)[:, :, None] for x in (extra_k, extra_v))
-        k, v = (
-            torch.cat([x, y.expand(-1, -1, layout.tiles, -1, -1)], 3)
-            for x, y in zip((k, v), more, strict=True)
-        )
-        bias = F.pad(bias, (0, extra_k.shape[1]))
-
-    lse = None
-    if return_lse or bias.requires_grad or v.shape[-1] != k.shape[-1]:
-        # SDPA has no LSE, and with a bias that wants a gradient it is slower than the plain form.
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2) + bias
-        out = logits.softmax(dim=-1) @ v.to(dtype)
-        if return_lse:
-            lse = _untile(logits.logsumexp(dim=-1, keepdim=True), layout, grid).squeeze(-1)
-    else:
-        bias = bias.expand(heads, -1, -1, -1).flatten(0, 1)[None]
-        out = F.scaled_dot_product_attention(
-            q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), attn_mask=bias, scale=scale
-        ).unflatten(1, (heads, layout.tiles))
-    return _untile(out, layout, grid), lse
+    if _all_finite(k, v):
+        return _attention(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
+    # A mask multiplies the halo's unseen keys by zero, which NaN and infinity survive. So they are taken out,
+    # and the queries that do see them are told.
+    finite_k, finite_v = (x.isfinite().all(dim=-1) for x in (k, v))
+    k, v = (x.nan_to_num(0.0, 0.0, 0.0) for x in (k, v))
+    out, lse = _attention(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
+    shared = q.shape[-2] // k.shape[-2]
+    out = out + _nan_where_seen(~(finite_k & finite_v), axes, shared)[..., None]
+    return out, None if lse is None else lse + _nan_where_seen(~finite_k, axes, shared)
 
 
-def describe(axes: tuple[Axis, ...]) -> str:
-    """How a grid would be computed, in words."""
-    tiles, (_, queries, keys) = len(plan(axes)[3]), plan(axes)[4].shape
-    if tiles == 1:
-        return "one dense attention with a mask"
-    return f"{tiles} tiles of {queries} queries and {keys} keys"
-
-
-def _finite(*tensors: Tensor) -> bool:
-    """Whether no tensor holds NaN or infinity; a tracer cannot know and takes them as finite."""
-    if torch.compiler.is_compiling() or any(type(x) is not Tensor for x in tensors):
+def _all_finite(*tensors: Tensor) -> bool:
+    """Whether no tensor holds NaN or infinity; where values cannot be looked at, they count as finite."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    # A sum is one cheap pass. It may overflow by itself; that only costs the slower way.
-    return all(bool(x.detach().sum(dtype=torch.float32).isfinite()) for x in tensors)
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        return True
+    # A sum is one cheap pass. It may overflow by itself; then the careful way is taken for nothing.
+    return all(
+        bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) for x in tensors
+    )
 
 
-def _select(x: Tensor, index: Tensor, tiles: int) -> Tensor:
-    """[B, H, N, D] to [B, H, M, t, D]: the tokens of every tile."""
+def _nan_where_seen(bad: Tensor, axes: tuple[Axis, ...], shared: int) -> Tensor:
+    """[B, *grid, Hkv] to [B, *grid, Hq]: NaN for the queries that see a bad key, else 0."""
+    index, visible = keys_of(axes)
+    seen = (bad.flatten(1, -2)[:, index] & visible[..., None]).any(dim=2).repeat_interleave(shared, -1)
+    return torch.zeros(seen.shape).masked_fill(seen, float("nan")).unflatten(1, bad.shape[1:-1])
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axes: tuple[Axis, ...],
+    scale: float,
+    rpb: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    plan = Plan(*_plan_tensors(axes))
+    tiles, grid, shared = plan.pattern.shape[0], q.shape[1:-2], q.shape[-2] // k.shape[-2]
+    bias = _bias(plan, rpb, torch.promote_types(q.dtype, torch.float32))
+    q, k, v = (x.flatten(1, -3) for x in (q, k, v))  # [B, N, H, D]
+    keys = plan.keys
+    if extra_k is not None:
+        # Every tile also reads the tokens appended here, and every query sees them.
+        more, tokens = extra_k.shape[1], k.shape[1]
+        k, v = torch.cat([k, extra_k], dim=1), torch.cat([v, extra_v], dim=1)
+        bias = F.pad(bias, (0, more))
+        if keys.numel():
+            appended = torch.arange(tokens, tokens + more).expand(tiles, -1)
+            keys = torch.cat([keys.view(tiles, -1), appended], dim=1).flatten()
+    if shared > 1:
+        k, v = (x.repeat_interleave(shared, 2) for x in (k, v))
+
+    if tiles == 1 or torch.compiler.is_compiling():
+        out, lse = _attend(q, k, v, plan, keys, bias, scale, return_lse)
+    else:
+        # Image by image the halos stay in the cache, and the mask need not be repeated.
+        images = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        parts = [_attend(*image, plan, keys, bias, scale, return_lse) for image in images]
+        out = _cat([part[0] for part in parts])
+        lse = _cat([part[1] for part in parts]) if return_lse else None
+    return out.unflatten(1, grid), lse.unflatten(1, grid) if return_lse else None
+
+
+def _bias(plan: Plan, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits, mask and relative positional bias: [M, H or 1, t, h]."""
+    if rpb is None:
+        bias = torch.zeros(1, dtype=dtype)
+    else:
+        bias = rpb.flatten(1).to(dtype).index_select(1, plan.relative.flatten())
+        bias = bias.unflatten(1, plan.seen.shape)
+    bias = torch.where(plan.seen, bias, float("-inf")).reshape(-1, *plan.seen.shape)  # [H or 1, P, t, h]
+    if plan.pattern.shape[0] > 1:
+        bias = bias.index_select(1, plan.pattern)
+    return bias.transpose(0, 1)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Tensor, bias: Tensor, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of all tiles of some images: [B, N, H, D] in, [B, N, H, D] and [B, N, H] out."""
+    batch, tiles = q.shape[0], plan.pattern.shape[0]
+    q, k, v = _cut(q, plan.queries, tiles), _cut(k, keys, tiles), _cut(v, keys, tiles)  # [B * M, H, t, D]
+    bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    if not (return_lse or bias.requires_grad or v.shape[-1] != k.shape[-1]):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return _join(out, plan.place, batch, tiles), None
+    # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
+    dtype = bias.dtype
+    logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2) + bias
+    out = (logits.softmax(dim=-1) @ v.to(dtype)).to(q.dtype)
+    lse = logits.logsumexp(dim=-1, keepdim=True) if return_lse else None
+    return _join(out, plan.place, batch, tiles), _join(lse, plan.place, batch, tiles).squeeze(
+        -1
+    ) if return_lse else None
+
+
+def _cut(x: Tensor, index: Tensor, tiles: int) -> Tensor:
+    """[B, N, H, D] to [B * M, H, t, D]: the tokens of every tile."""
+    heads = x.shape[2]
     if index.numel():
-        x = x.index_select(2, index)
-    return x.unflatten(2, (tiles, x.shape[2] // tiles))
+        x = x.flatten(2).index_select(1, index).unflatten(2, (heads, -1))  # whole tokens: long rows to copy
+    return x.unflatten(1, (tiles, x.shape[1] // tiles)).flatten(0, 1).transpose(1, 2)
 
 
-def _untile(x: Tensor, layout: Plan, grid: tuple[int, ...]) -> Tensor:
-    """[B, H, M, t, D] back to [B, *grid, H, D]."""
-    x = x.flatten(2, 3)
-    if layout.place.numel():
-        x = x.index_select(2, layout.place)
-    return x.transpose(1, 2).unflatten(1, grid)
+def _join(x: Tensor, place: Tensor, batch: int, tiles: int) -> Tensor:
+    """[B * M, H, t, D] back to [B, N, H, D]."""
+    heads = x.shape[1]
+    x = x.transpose(1, 2).unflatten(0, (batch, tiles)).flatten(1, 2)
+    if place.numel():
+        x = x.flatten(2).index_select(1, place).unflatten(2, (heads, -1))
+    return x
 
 
-def _bias(layout: Plan, rpb: Tensor | None, q: Tensor) -> Tensor:
-    """What is added to the logits: mask and relative positional bias, [H or 1, M, t, h]."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    bias = layout.mask.to(dtype)[None]  # [1, P, t, h]
-    if rpb is not None:
-        table = rpb.flatten(1).to(dtype)
-        bias = table.index_select(1, layout.relative.flatten()).view(-1, *layout.mask.shape) + bias
-    return bias if layout.tiles == 1 else bias.index_select(1, layout.pattern)
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,22 +1,19 @@
 """Which keys a query sees: the windows of neighborhood attention, one axis at a time, as plain numbers.
 
-What is cached is numpy: tensors in a cache would hold the memory of a device, or belong to a tracer. A
-tracer sees the numbers as the result of one opaque operation, `zoo::neighborhood_geometry`.
+What is cached is numpy: a cached tensor would belong to whoever asked first, a tracer for example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """One axis of the token grid: its length in tokens and the window that slides along it."""
 
     length: int
@@ -29,7 +26,7 @@ class Axis:
         """First and one-past-last key of every query, in positions of the query's dilation group.
 
         A window never leaves the axis: at a border it shifts inward and keeps its size, except that a causal
-        window ends at its query and is shorter near the start.
+        window ends at its query and is shorter near the start. Every query sees itself.
         Source: Hassani et al. 2023 (arXiv:2204.07143) Sec. 3; dilation: arXiv:2209.15001; stride:
         arXiv:2504.16922.
         """
@@ -49,51 +46,43 @@ class Axis:
         return -(-(self.length - group) // self.dilation)
 
 
-@lru_cache(maxsize=256)
-def key_indices(axes: tuple[Axis, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """For every query the flat indices of its keys, [N, slots], and which slots hold a key, [N, slots].
+class Keys(NamedTuple):
+    """The keys of every query of a grid: slots = prod(kernel_size)."""
 
-    An empty slot (causal windows near the start) repeats the query itself, which every query sees.
-    """
-    per_axis = []
+    index: Tensor  # [N, slots] flat token; an empty slot repeats the query itself
+    visible: Tensor  # [N, slots] False where a slot is empty: causal windows near the start
+
+
+@lru_cache(maxsize=64)
+def _keys(axes: tuple[Axis, ...]) -> tuple[np.ndarray, np.ndarray]:
+    index, visible = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1), dtype=bool)
     for axis in axes:
         start, end = axis.windows()
-        tokens = np.arange(axis.length)
         slots = start[:, None] + np.arange(axis.kernel_size)
-        visible = slots < end[:, None]
-        per_axis.append(
-            (np.where(visible, slots * axis.dilation + (tokens % axis.dilation)[:, None], 0), visible)
-        )
-    index, visible = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1), dtype=bool)
-    for axis, (keys, seen) in zip(axes, per_axis, strict=True):
-        index = index[:, None, :, None] * axis.length + keys[None, :, None, :]
-        visible = visible[:, None, :, None] & seen[None, :, None, :]
-        shape = (index.shape[0] * index.shape[1], index.shape[2] * index.shape[3])
-        index, visible = index.reshape(shape), visible.reshape(shape)
-    index = np.where(visible, index, np.arange(index.shape[0])[:, None])
-    return index, visible
+        keys = slots * axis.dilation + (np.arange(axis.length) % axis.dilation)[:, None]
+        index = outer(index * axis.length, keys, np.add)
+        visible = outer(visible, slots < end[:, None], np.logical_and)
+    return np.where(visible, index, np.arange(len(index))[:, None]), visible
 
 
-TABLES: dict[str, Callable[[tuple[Axis, ...]], tuple[np.ndarray, ...]]] = {"keys": key_indices}
+# A tracer keeps the tables as constants of its graph.
+@torch.compiler.assume_constant_result
+def _key_tensors(axes: tuple[Axis, ...]) -> list[Tensor]:
+    return [torch.from_numpy(array) for array in _keys(axes)]
 
 
-def tables(name: str, axes: tuple[Axis, ...]) -> list[Tensor]:
-    """Return the arrays of `TABLES[name]` for a grid as CPU tensors, also while a tracer is watching."""
-    if torch.compiler.is_compiling():
-        return _traced_tables(name, [int(number) for axis in axes for number in astuple(axis)])
-    return [torch.from_numpy(array) for array in TABLES[name](axes)]
+def keys_of(axes: tuple[Axis, ...]) -> Keys:
+    """Return the keys of every query, on the CPU. Read only: the memory is shared between calls."""
+    return Keys(*_key_tensors(axes))
 
 
-@torch.library.custom_op("zoo::neighborhood_geometry", mutates_args=())
-def _traced_tables(name: str, numbers: list[int]) -> list[Tensor]:
-    return [torch.from_numpy(array).clone() for array in TABLES[name](_from_numbers(numbers))]
+def outer(left: np.ndarray, right: np.ndarray, join: np.ufunc) -> np.ndarray:
+    """Join every entry of `left` with every one of `right`: [a, b, ..] and [c, d, ..] to [a * c, b * d, ..].
 
-
-@_traced_tables.register_fake
-def _(name: str, numbers: list[int]) -> list[Tensor]:
-    arrays = TABLES[name](_from_numbers(numbers))
-    return [torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))) for array in arrays]
-
-
-def _from_numbers(numbers: list[int]) -> tuple[Axis, ...]:
-    return tuple(Axis(*numbers[i : i + 4], bool(numbers[i + 4])) for i in range(0, len(numbers), 5))
+    The tables of two axes become the table of their grid, in row-major order.
+    """
+    rank = left.ndim
+    left = left.reshape([n for size in left.shape for n in (size, 1)])
+    right = right.reshape([n for size in right.shape for n in (1, size)])
+    joined = join(left, right)
+    return joined.reshape([joined.shape[2 * i] * joined.shape[2 * i + 1] for i in range(rank)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import index
 from typing import TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from zoo.errors import did_you_mean
 from zoo.kernels import dispatch
 from zoo.kernels.neighborhood import cpu, reference
-from zoo.kernels.neighborhood.geometry import Axis, key_indices
+from zoo.kernels.neighborhood.geometry import Axis, keys_of
 
 OP = "neighborhood_attention"
 
@@ -92,8 +93,8 @@ def neighborhood_indices(
     Shapes: int64 [N, slots], N = prod(size), slots = prod(kernel_size); -1 where a causal window is shorter.
     Raises: ValueError for a window that does not fit the grid.
     """
-    index, visible = key_indices(_axes(tuple(size), kernel_size, dilation, stride, is_causal))
-    return torch.from_numpy(index).masked_fill(~torch.from_numpy(visible), -1)
+    index, visible = keys_of(_axes(tuple(size), kernel_size, dilation, stride, is_causal))
+    return index.masked_fill(~visible, -1)
 
 
 def explain(*args: object, backend: str = "auto", **kwargs: object) -> dispatch.Explanation:
@@ -281,7 +282,9 @@ def _axes(
     per_axis = {name: _spread(name, value, len(size)) for name, value in given.items()}
     axes = []
     for number, length in enumerate(size):
-        axis = Axis(int(length), *(per_axis[name][number] for name in ("kernel_size", "dilation", "stride")))
+        axis = Axis(
+            index(length), *(per_axis[name][number] for name in ("kernel_size", "dilation", "stride"))
+        )
         where = f"on axis {number} of the grid {tuple(size)}"
         if axis.kernel_size < 2:
             raise ValueError(f"kernel_size must be at least 2, found {axis.kernel_size} {where}")
@@ -296,7 +299,7 @@ def _axes(
                 f"kernel_size * dilation = {axis.kernel_size} * {axis.dilation} must not exceed the length "
                 f"{length} {where}; use a smaller window or pad the grid"
             )
-        axes.append(replace(axis, is_causal=per_axis["is_causal"][number]))
+        axes.append(axis._replace(is_causal=per_axis["is_causal"][number]))
     return tuple(axes)
 
 

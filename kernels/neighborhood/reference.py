@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.neighborhood.geometry import Axis, tables
+from zoo.kernels.neighborhood.geometry import Axis, keys_of
 
 
 def neighborhood_attention(
@@ -18,10 +18,10 @@ def neighborhood_attention(
     extra_k: Tensor | None,
     extra_v: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [B, *grid, Hq, Dv] and the natural-log LSE [B, *grid, Hq]."""
+    """Return the output [B, *grid, Hq, Dv] and the natural-log LSE [B, *grid, Hq], in at least float32."""
     grid, heads, kv_heads = q.shape[1:-2], q.shape[-2], k.shape[-2]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    index, visible = (table.to(q.device) for table in tables("keys", axes))
+    index, visible = (table.to(q.device) for table in keys_of(axes))
     q, k, v = (x.flatten(1, -3).to(dtype) for x in (q, k, v))  # [B, N, H, D]
     q = q.unflatten(2, (kv_heads, heads // kv_heads))  # [B, N, Hkv, G, D]: query head h uses kv head h // G
 
@@ -47,9 +47,9 @@ def _relative(index: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Flat index into the bias table: (key - query) / dilation + kernel_size - 1 on every axis, [N, K]."""
     flat = torch.zeros_like(index)
     query = torch.arange(index.shape[0], device=index.device)[:, None]
-    key, steps = index, index.shape[0]
+    steps = index.shape[0]
     for axis in axes:
         steps //= axis.length
-        apart = key // steps % axis.length - query // steps % axis.length
+        apart = index // steps % axis.length - query // steps % axis.length
         flat = flat * (2 * axis.kernel_size - 1) + apart // axis.dilation + axis.kernel_size - 1
     return flat

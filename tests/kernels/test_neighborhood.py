@@ -22,9 +22,9 @@ BACKENDS = ["reference", "cpu"]
 def tiles(monkeypatch):
     """Cut even the smallest map into tiles, so that small tests see what large maps run."""
     monkeypatch.setattr(cpu, "DENSE_TOKENS", 0)
-    cpu.plan.cache_clear()
+    cpu._plan.cache_clear()
     yield
-    cpu.plan.cache_clear()
+    cpu._plan.cache_clear()
 
 
 def inputs(grid, *, batch=2, heads=2, kv_heads=None, dim=8, v_dim=None, dtype=torch.float64, grad=False):
@@ -212,7 +212,7 @@ def test_any_size_and_window_gives_the_same_on_the_cpu_path(
     results = []
     original = cpu.DENSE_TOKENS
     cpu.DENSE_TOKENS = dense_tokens
-    cpu.plan.cache_clear()
+    cpu._plan.cache_clear()
     try:
         for backend in BACKENDS:
             out = ops.neighborhood_attention(
@@ -222,7 +222,7 @@ def test_any_size_and_window_gives_the_same_on_the_cpu_path(
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     finally:
         cpu.DENSE_TOKENS = original
-        cpu.plan.cache_clear()
+        cpu._plan.cache_clear()
     for fast, truth in zip(*results, strict=True):
         torch.testing.assert_close(fast, truth, rtol=1e-9, atol=1e-11)
 
