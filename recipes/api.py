@@ -1,0 +1,49 @@
+"""What `zoo.recipe`, `zoo.train`, `zoo.evaluate` and `zoo.predict` are; prediction imports no trainer."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.recipes.config import Recipe, recipe
+    from zoo.recipes.evaluate import Evaluation, evaluate
+    from zoo.recipes.predict import Prediction, predict
+    from zoo.recipes.run_folder import Trained, load_trained
+    from zoo.recipes.train import RunResult, train
+
+__all__ = [
+    "Evaluation",
+    "Prediction",
+    "Recipe",
+    "RunResult",
+    "Trained",
+    "evaluate",
+    "load_trained",
+    "predict",
+    "recipe",
+    "train",
+]
+
+_HOMES = {
+    "Recipe": "config",
+    "recipe": "config",
+    "Evaluation": "evaluate",
+    "evaluate": "evaluate",
+    "Prediction": "predict",
+    "predict": "predict",
+    "Trained": "run_folder",
+    "load_trained": "run_folder",
+    "RunResult": "train",
+    "train": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zoo.recipes.api' has no attribute {name!r}")
+    return getattr(import_module(f"zoo.recipes.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

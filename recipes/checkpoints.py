@@ -1,0 +1,163 @@
+"""Checkpoints from which a run continues as if it had never stopped, and the signals that stop it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+
+from zoo.errors import ZooError
+from zoo.recipes.data.loader import EpochLoader
+from zoo.recipes.files import link_atomically, load_checkpoint, save_checkpoint, sweep
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's door to the disk, with our atomic files behind it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return load_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Stopped(BaseException):
+    """A signal asked for the end; the state of the last whole step is saved."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(number, step)
+        self.number, self.step = number, step
+
+
+class Checkpoints(pl.Callback):
+    """Saves `last` every so many steps, every epoch and on SIGTERM and SIGINT; `best` by validation accuracy.
+
+    A checkpoint is written only between optimiser steps. What is random follows from the position, and the
+    position is in the checkpoint: nothing else is needed to go on exactly.
+    """
+
+    def __init__(
+        self, folder: Path, loader: EpochLoader, facts: dict[str, Any], *, save_every: int, keep_best: int
+    ) -> None:
+        self.folder, self.loader, self.facts = folder, loader, facts
+        self.save_every, self.keep_best = save_every, keep_best
+        self.ranking: list[dict[str, float]] = []  # the best validations, best first: top1, loss, epoch
+        self.step = 0
+        self.signal: int | None = None
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.loader.share(trainer.global_rank, trainer.world_size)
+        if trainer.is_global_zero:
+            sweep(self.folder)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
+        # Lightning's own handler ends a run between any two batches, with status 0 and nothing saved;
+        # its teardown puts back what was there before.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note_signal)
+            signal.signal(signal.SIGINT, self._note_signal)
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt  # asked twice: at once, without saving
+        self.signal = number
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            return  # the step is not complete: gradients are still being gathered
+        self.step = trainer.global_step
+        self.loader.position = (trainer.current_epoch, batch_idx + 1)
+        stop = self._stop_is_asked(trainer)
+        if stop or (self.step % self.save_every == 0 and not trainer.is_last_batch):
+            self._save(trainer)
+        if stop:
+            raise Stopped(self.signal or signal.SIGTERM, self.step)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.state.fn == "fit" and self._stop_is_asked(trainer):
+            self._save(trainer)
+            raise Stopped(self.signal or signal.SIGTERM, self.step)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.loader.position = (trainer.current_epoch + 1, 0)
+        result, module.result = module.result, {}
+        if result:
+            score = {
+                "top1": result["val_top1"],
+                "loss": result["val_loss"],
+                "epoch": trainer.current_epoch + 1,
+            }
+            self.ranking.append(score)
+            self.ranking.sort(key=lambda each: (-each["top1"], each["loss"]))
+        dropped = self.ranking[self.keep_best :]
+        del self.ranking[self.keep_best :]
+        self._save(trainer)
+        if result and score in self.ranking and trainer.is_global_zero:
+            if self.keep_best > 1:
+                link_atomically(self.folder / LAST, self._ranked(score))
+            if score is self.ranking[0]:
+                link_atomically(self.folder / LAST, self.folder / BEST)
+            for each in dropped:
+                self._ranked(each).unlink(missing_ok=True)
+
+    def _ranked(self, score: dict[str, float]) -> Path:
+        return self.folder / f"epoch-{score['epoch']:04.0f}.ckpt"
+
+    def _stop_is_asked(self, trainer: pl.Trainer) -> bool:
+        asked = self.signal is not None
+        # All processes must stop after the same step, whichever of them heard the signal.
+        return (
+            asked if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(asked, all=False)
+        )
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        weights = trainer.lightning_module.parameters()
+        if not all(torch.isfinite(weight).all() for weight in weights):
+            raise ZooError(
+                f"weights became infinite or NaN at step {self.step}, so it was not saved; "
+                f"continue from {self.folder / LAST} with a lower optim.lr"
+            )
+        trainer.save_checkpoint(self.folder / LAST)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranking": self.ranking}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ranking = state["ranking"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint.update(self.facts)
+        checkpoint["position"] = list(self.loader.position)
+        checkpoint["world_size"] = trainer.world_size
+        if self.loader.position[1] == len(self.loader):
+            # All steps of the epoch are done and its validation is not. Lightning resumes rightly only from
+            # inside a validation, so the counters are put where they stand when its first batch was fetched.
+            loops = checkpoint["loops"]["fit_loop"]
+            for scope in ("current", "total"):
+                progress = loops["epoch_loop.batch_progress"][scope]
+                progress["completed"] = progress["processed"]
+            validation = loops["epoch_loop.val_loop.batch_progress"]
+            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            validation["current"] = dict.fromkeys(validation["current"], 0)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.loader.position = tuple(checkpoint["position"])

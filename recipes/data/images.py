@@ -1,0 +1,213 @@
+"""Image files: reading them rightly, and folders of them with one sub-folder for each class."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from zoo.errors import DataError
+
+# Only these decoders may run on a file, whatever its ending claims.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm")
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a gigabyte of RGB
+MAX_ASPECT = 100  # the shorter side is resized to the model's, so a line of pixels would become a huge image
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as upright 8-bit RGB.
+
+    EXIF orientation is applied, 16-bit grey is scaled (not clipped), transparency is laid over white,
+    palettes, CMYK and grey are converted. Raises DataError naming the file and the reason.
+    """
+    try:
+        with warnings.catch_warnings(), Path(path).open("rb") as file:
+            # What Pillow warns of in a damaged file is either an error below or does not matter.
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+                if max(image.size) > MAX_ASPECT * min(image.size):
+                    raise ValueError(
+                        f"{image.width}x{image.height} pixels, a side over {MAX_ASPECT} times the other"
+                    )
+                return _to_rgb(ImageOps.exif_transpose(image))
+    # A decoder may raise anything on damaged input.
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as an image: {_reason(error, path)}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit values outside 0..65535; save it with 8 or 16 bits")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point values of unknown range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception, path: str | Path) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    if isinstance(error, Image.UnidentifiedImageError):
+        if Path(path).stat().st_size == 0:
+            return "the file is empty"
+        return f"damaged, or none of {', '.join(FORMATS)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:200]
+
+
+class ImageFolder:
+    """Images in one sub-folder for each class: `root/<class>/**/<image>`, in sorted order.
+
+    Hidden folders are ignored, files with other endings are counted in `notes`. Raises DataError where there
+    is no class folder, a class without an image, or one level of folders too many.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DataError(f"no folder {self.root}; wanted one sub-folder for each class of images")
+        self.classes = sorted(entry.name for entry in _entries(self.root) if entry.is_dir())
+        if not self.classes:
+            raise DataError(f"{self.root} holds no class folders; wanted {self.root}/<class>/<image>")
+        self.files: list[str] = []
+        self.labels: list[int] = []
+        others: Counter[str] = Counter()
+        empty = []
+        for label, name in enumerate(self.classes):
+            found = _images_below(self.root / name, others)
+            if not found:
+                empty.append(name)
+            self.files += found
+            self.labels += [label] * len(found)
+        if empty:
+            some = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+            raise DataError(
+                f"{len(empty)} of {len(self.classes)} class folders in {self.root} hold no image: {some}; "
+                f"images end in {', '.join(ENDINGS[:4])} ..."
+            )
+        self._refuse_extra_level()
+        self.notes = []
+        if others:
+            kinds = ", ".join(
+                f"{count} {ending or 'without ending'}" for ending, count in others.most_common(3)
+            )
+            self.notes.append(
+                f"{others.total()} files in {self.root} are no images by their ending ({kinds})"
+            )
+
+    def _refuse_extra_level(self) -> None:
+        only = self.root / self.classes[0]
+        if len(self.classes) == 1 and not any(Path(file).parent == only for file in self.files):
+            raise DataError(
+                f"{self.root} holds one folder {self.classes[0]!r} and the classes seem to be inside it; "
+                f"wanted {self.root}/<class>/<image>, so move them up by one level"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int) -> Image.Image:
+        """Return one image as upright RGB."""
+        return read_image(self.files[index])
+
+    def describe(self, index: int) -> str:
+        """Return the path of one image."""
+        return self.files[index]
+
+    def short(self, index: int) -> str:
+        """Return the path of one image below the root, which may have come from a secret."""
+        return Path(self.files[index]).relative_to(self.root.parent).as_posix()
+
+
+def train_and_val(root: str | Path) -> tuple[ImageFolder, ImageFolder]:
+    """Return `root/train` and `root/val`, which must hold the same classes."""
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"no folder {root}; wanted one that holds train/ and val/")
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            found = (
+                ", ".join(sorted(entry.name for entry in _entries(root) if entry.is_dir())[:5])
+                or "no folders"
+            )
+            raise DataError(
+                f"{root} has no {split}/ inside (found {found}); wanted {root}/train and {root}/val"
+            )
+    train, val = ImageFolder(root / "train"), ImageFolder(root / "val")
+    if train.classes != val.classes:
+        parts = []
+        for text, names in (
+            ("only in train", sorted(set(train.classes) - set(val.classes))),
+            ("only in val", sorted(set(val.classes) - set(train.classes))),
+        ):
+            if names:
+                parts.append(f"{text}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
+        raise DataError(
+            f"{root}: train and val hold different classes ({'; '.join(parts)}); make them the same"
+        )
+    return train, val
+
+
+def image_files(sources: Sequence[str | Path]) -> list[str]:
+    """Return the image files that paths, folders and patterns with * stand for, in order, each once.
+
+    A path that is no folder and no pattern is returned as it is, so that reading it can say what is wrong.
+    Raises DataError for a folder or a pattern without an image.
+    """
+    found: dict[str, None] = {}
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            files = _images_below(path, Counter())
+            missing = f"no image in folder {source}"
+        elif not path.exists() and any(mark in str(source) for mark in "*?["):
+            anchor, pattern = path.anchor, str(path.relative_to(path.anchor) if path.anchor else path)
+            files = sorted(str(file) for file in Path(anchor).glob(pattern) if file.suffix.lower() in ENDINGS)
+            missing = f"no image matches {source}"
+        else:
+            files, missing = [str(path)], ""
+        if not files:
+            raise DataError(f"{missing}; images end in {', '.join(ENDINGS)}")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror})") from None
+
+
+def _images_below(folder: Path, others: Counter[str]) -> list[str]:
+    files = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a million times, and Path is slow
+            if ending in ENDINGS:
+                files.append(f"{parent}/{name}")
+            else:
+                others[ending] += 1
+    return files

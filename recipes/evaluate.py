@@ -1,0 +1,163 @@
+"""Measure a trained model on images it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from zoo.errors import DataError
+from zoo.recipes.config import Recipe, build, check, override
+from zoo.recipes.data import load_halves
+from zoo.recipes.data.images import ImageFolder
+from zoo.recipes.data.loader import BadImage, BadImages, EpochLoader, Images
+from zoo.recipes.data.transforms import eval_transform
+from zoo.recipes.run_folder import Trained, choose_device, load_trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Accuracies in 0..1 over `images` images; `confusion[true, predicted]` counts."""
+
+    source: str
+    images: int
+    top1: float
+    top5: float | None  # None where there are at most five classes
+    loss: float
+    classes: list[str]
+    confusion: np.ndarray = field(repr=False)
+    mistakes: list[tuple[str, str, str, float]] = field(
+        repr=False
+    )  # image, true, predicted, confidence; worst first
+    skipped: int = 0
+
+
+def evaluate(
+    source: str | Path | Trained,
+    data: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    device: str | torch.device | None = None,
+) -> Evaluation:
+    """Measure a trained model on images it was not trained on.
+
+    `source` is a run folder, a model.safetensors or .ckpt of one, or a model name with weights. `data` is a
+    folder with one sub-folder for each class (or with val/ inside), or `digits`; by default the validation
+    images of the recipe it was trained with, to which `overrides` (`key=value`) apply. Raises ZooError.
+    """
+    trained = source if isinstance(source, Trained) else load_trained(source)
+    made = _evaluation_recipe(trained, overrides)
+    if data is not None and str(data) != "digits":
+        root = Path(data)
+        images: Images = ImageFolder(root / "val" if (root / "val").is_dir() else root)
+    elif data is not None or made.data.name == "digits":
+        from zoo.recipes.data.digits import Digits
+
+        images = Digits(train=False)
+    else:
+        images = load_halves(made)[1]
+    if images.classes != trained.classes:
+        unknown = [name for name in images.classes if name not in trained.classes]
+        if unknown:
+            raise DataError(
+                f"the data has classes that {trained.source} does not know: {', '.join(unknown[:5])}"
+                f"{', ...' if len(unknown) > 5 else ''}; it knows {', '.join(trained.classes[:5])}"
+                f"{', ...' if len(trained.classes) > 5 else ''}"
+            )
+        images = _Renumbered(images, trained.classes)
+    on_bad = BadImages(made.data.max_bad) if made.data.bad_images == "skip" else None
+    return measure(trained, images, made, device=device, on_bad=on_bad)
+
+
+def _evaluation_recipe(trained: Trained, overrides: Sequence[str]) -> Recipe:
+
+    raw = trained.recipe.plain() if trained.recipe is not None else {"data": {"name": "folder"}}
+    for text in overrides:
+        override(raw, text)
+    raw.setdefault("model", {})["name"] = trained.name
+    made = build(raw, source=str(trained.source))
+    check(made, names=False)
+    return made
+
+
+class _Renumbered:
+    """The images of a data set with some of a model's classes, labelled as the model counts."""
+
+    def __init__(self, images: Images, classes: list[str]) -> None:
+        self.images, self.classes, self.notes = images, classes, images.notes
+        number = {name: index for index, name in enumerate(classes)}
+        self.labels = [number[images.classes[label]] for label in images.labels]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Image.Image:
+        return self.images.load(index)
+
+    def describe(self, index: int) -> str:
+        return self.images.describe(index)
+
+    def short(self, index: int) -> str:
+        return self.images.short(index)
+
+
+@torch.inference_mode()
+def measure(
+    trained: Trained,
+    images: Images,
+    made: Recipe,
+    *,
+    device: str | torch.device | None = None,
+    on_bad: Any = None,
+) -> Evaluation:
+    """Run a model over images, with the batch size and workers of a recipe; bad images go to `on_bad`."""
+    data = made.data
+    count = len(trained.classes)
+    where = choose_device(device)
+    model = trained.model.to(where)
+    batch_size = data.val_batch_size if data.val_batch_size is not None else data.batch_size
+    skipped: set[int] = set()
+
+    def skip(source: Images, bad: BadImage) -> None:
+        skipped.add(bad.index)
+        on_bad(source, bad)
+
+    loader = EpochLoader(
+        images,
+        eval_transform(trained.settings),
+        batch_size=batch_size,
+        workers=data.workers,
+        on_bad=skip if on_bad is not None else None,
+    )
+    try:
+        outputs = [(model(batch.to(where)).float().cpu(), labels) for batch, labels in loader]
+    finally:
+        loader.close()
+    logits = torch.cat([logits for logits, _ in outputs])
+    labels = torch.cat([labels for _, labels in outputs])
+    order = [index for index in range(len(images)) if index not in skipped]
+    best = logits.topk(min(5, count)).indices
+    guesses = best[:, 0]
+    sure = logits.softmax(1).amax(1)
+    wrong = (guesses != labels).nonzero()[:, 0].tolist()
+    wrong.sort(key=lambda each: -sure[each].item())
+    return Evaluation(
+        source=str(trained.source),
+        images=len(labels),
+        top1=(guesses == labels).double().mean().item(),
+        top5=(best == labels[:, None]).any(1).double().mean().item() if count > 5 else None,
+        loss=F.cross_entropy(logits, labels).item(),
+        classes=trained.classes,
+        confusion=np.bincount(labels * count + guesses, minlength=count**2).reshape(count, count),
+        mistakes=[
+            (images.short(order[i]), trained.classes[labels[i]], trained.classes[guesses[i]], sure[i].item())
+            for i in wrong
+        ],
+        skipped=len(skipped),
+    )

@@ -1,0 +1,224 @@
+"""Train a recipe: from names and numbers to a run folder with a model file in it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from zoo.errors import ConfigError, ZooError
+from zoo.recipes import pictures
+from zoo.recipes import run_folder as runs
+from zoo.recipes.checkpoints import BEST, LAST, Checkpoints, Stopped
+from zoo.recipes.config import Recipe, check, recipe
+from zoo.recipes.data import load_halves
+from zoo.recipes.data.loader import BadImages, EpochLoader, Images, reseed
+from zoo.recipes.data.transforms import InputSettings, eval_transform, train_transform
+from zoo.recipes.evaluate import Evaluation, measure
+from zoo.recipes.files import load_checkpoint
+from zoo.recipes.run_folder import load_trained
+from zoo.recipes.tasks.classification import Classification
+from zoo.recipes.trainer import build_trainer, quiet
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a training run left: its folder, the model file, the metrics of the best weights, wall seconds."""
+
+    folder: Path
+    model_file: Path
+    metrics: dict[str, float]
+    evaluation: Evaluation
+    best_epoch: int
+    seconds: float
+
+
+def train(
+    made: Recipe | str | Path,
+    *,
+    run_dir: str | Path | None = None,
+    resume: str | Path | bool | None = None,
+    command: str | None = None,
+) -> RunResult:
+    """Train a recipe in a run folder, evaluate its best weights, and leave both there.
+
+    `run_dir` defaults to the first free one of runs/<name>, runs/<name>-2, ...; `resume` is a run folder, a
+    checkpoint in one, or True for `run_dir` (or the run of this recipe that was active last), and goes on
+    with the very losses an uninterrupted run would have had. SIGTERM and SIGINT save the state after the
+    current step, then raise SystemExit(143) and KeyboardInterrupt.
+
+    Raises ConfigError, DataError, IntegrityError or ResourceError in one sentence, before the first step for
+    all that can be known by then.
+    """
+    made = made if isinstance(made, Recipe) else recipe(made)
+    check(made)
+    try:
+        with quiet():
+            return _train(made, run_dir, resume, command)
+    except ZooError as error:
+        # A value that came from the environment may be a secret, and every message may name it.
+        error.args = (made.conceal(str(error)),)
+        raise
+
+
+def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunResult:
+    began = time.monotonic()
+    folder, checkpoint = _choose_folder(made, run_dir, resume)
+    first = rank_zero_only.rank == 0
+    with runs.lock(folder) if first else nullcontext():
+        train_images, val_images = load_halves(made)
+        classes = train_images.classes
+        content = _check_resume(made, checkpoint, classes) if checkpoint is not None else None
+        for note in (*train_images.notes, *val_images.notes):
+            say(f"note: {note}")
+        reseed(made.seed, "weights")
+        model = runs.build_model(made, len(classes))
+        settings = InputSettings.of(model, made.data)
+        bad_images = BadImages(made.data.max_bad, folder / "bad_files.txt")
+        loader, val_loader = _loaders(made, settings, train_images, val_images, bad_images)
+        module = Classification(model, made, loader, len(classes))
+        facts = {"recipe": made.plain(), "classes": classes, "input": settings.plain()}
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            loader,
+            facts,
+            save_every=made.trainer.save_every,
+            keep_best=made.trainer.keep_best,
+        )
+        if first:
+            runs.write_start(folder, made, command or f"zoo.train  # {shlex.join(sys.argv)}", classes)
+            millions = sum(p.numel() for p in model.parameters()) / 1e6
+            say(
+                f"{made.model.name} ({millions:.2f} M parameters) on {made.data.name}: "
+                f"{len(train_images):,} images to train, {len(val_images):,} to validate; {folder}"
+            )
+        resumed_at = content["global_step"] if content is not None else None
+        trainer = build_trainer(made, folder, checkpoints, resumed_at=resumed_at)
+        try:
+            trainer.fit(module, loader, val_loader, ckpt_path=checkpoint)
+        except Stopped as stopped:
+            _end_by_signal(stopped, folder)
+        finally:
+            loader.close()
+            val_loader.close()
+        if not trainer.is_global_zero:
+            raise SystemExit(0)
+        return _finish(made, folder, checkpoints, settings, val_images, bad_images, began)
+
+
+def _choose_folder(made: Recipe, run_dir: Any, resume: Any) -> tuple[Path, Path | None]:
+    """Return the run folder and the checkpoint to resume, both agreed on by all processes of a training."""
+    if resume is not None and resume is not False:
+        where = run_dir if resume is True else resume
+        return runs.resume_point(Path(where) if where is not None else runs.latest_run(made.name))
+    if rank_zero_only.rank != 0 and (run_dir or "ZOO_RUN_DIR" in os.environ):
+        return Path(run_dir or os.environ["ZOO_RUN_DIR"]), None
+    if run_dir is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("several processes start this training: name its folder with --run-dir")
+        folder = runs.new_folder(made.name)
+        os.environ["ZOO_RUN_DIR"] = str(folder)  # for the processes that Lightning starts
+        return folder, None
+    folder = Path(run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run folder {folder} is a file; take another --run-dir")
+    if runs.is_used(folder):
+        raise ConfigError(
+            f"{folder} already holds a run; go on with it by --resume, or take another --run-dir"
+        )
+    return folder, None
+
+
+def _check_resume(made: Recipe, checkpoint: Path, classes: list[str]) -> dict[str, Any]:
+    content = load_checkpoint(checkpoint)
+    differences = runs.refuse_another(made, content["recipe"], checkpoint)
+    if content["classes"] != classes:
+        raise ConfigError(
+            f"{checkpoint} has {len(content['classes'])} classes ({', '.join(content['classes'][:5])}), "
+            f"the data has {len(classes)} ({', '.join(classes[:5])}); resume it with its own data"
+        )
+    for difference in differences:
+        say(f"note: resumed with another value, {difference}")
+    epoch, batch = content["position"]
+    say(f"resuming {checkpoint} at step {content['global_step']} (epoch {epoch + 1}, batch {batch})")
+    return content
+
+
+def _loaders(
+    made: Recipe, settings: InputSettings, train_images: Images, val_images: Images, bad_images: BadImages
+) -> tuple[EpochLoader, EpochLoader]:
+    data = made.data
+    common = {
+        "seed": made.seed,
+        "workers": data.workers,
+        "on_bad": bad_images if data.bad_images == "skip" else None,
+    }
+    if (made.augment.mixup or made.augment.cutmix) and len(train_images) < data.batch_size:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} is more than the {len(train_images)} training images; "
+            "mixup and cutmix need whole batches"
+        )
+    transform = train_transform(settings, made.augment)
+    loader = EpochLoader(train_images, transform, batch_size=data.batch_size, train=True, **common)
+    val_batch = data.val_batch_size if data.val_batch_size is not None else data.batch_size
+    return loader, EpochLoader(val_images, eval_transform(settings), batch_size=val_batch, **common)
+
+
+def _end_by_signal(stopped: Stopped, folder: Path) -> None:
+    if rank_zero_only.rank == 0:
+        name = signal.Signals(stopped.number).name
+        say(f"stopped by {name} after step {stopped.step}, which is saved; go on with --resume {folder}")
+    if stopped.number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + stopped.number)
+
+
+def _finish(
+    made: Recipe,
+    folder: Path,
+    checkpoints: Checkpoints,
+    settings: InputSettings,
+    val_images: Images,
+    bad_images: BadImages,
+    began: float,
+) -> RunResult:
+
+    best, last = folder / "checkpoints" / BEST, folder / "checkpoints" / LAST
+    model_file = runs.export_model(folder, best if best.exists() else last, made, settings)
+    # The file itself is judged, not the network in memory.
+    trained = load_trained(model_file)
+    result = measure(trained, val_images, made, on_bad=bad_images)
+    pictures.curves(folder / "metrics.csv", folder / "curves.png")
+    pictures.confusion(result.confusion, result.classes, folder / "confusion.png")
+    wrong = result.mistakes[:24]
+    names = {val_images.short(index): index for index in range(len(val_images))}
+    pictures.mistakes(
+        [val_images.load(names[name]) for name, *_ in wrong],
+        [f"{true}, not {guess} ({100 * sure:.0f} %)" for _, true, guess, sure in wrong],
+        folder / "mistakes.png",
+    )
+    metrics = {"val_top1": result.top1, "val_loss": result.loss}
+    if result.top5 is not None:
+        metrics["val_top5"] = result.top5
+    return RunResult(
+        folder=folder,
+        model_file=model_file,
+        metrics=metrics,
+        evaluation=result,
+        best_epoch=int(checkpoints.ranking[0]["epoch"]) if checkpoints.ranking else 0,
+        seconds=time.monotonic() - began,
+    )
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line for the user beside the results."""
+    print(text, file=sys.stderr, flush=True)

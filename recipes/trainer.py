@@ -1,0 +1,80 @@
+"""Lightning's Trainer as the recipes use it: our files, our report, and no noise."""
+
+from __future__ import annotations
+
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.warnings import PossibleUserWarning
+
+from zoo.errors import ConfigError
+from zoo.recipes.checkpoints import AtomicCheckpointIO, Checkpoints
+from zoo.recipes.config import Recipe
+from zoo.recipes.logs import MetricsFile, Report, TensorBoard
+
+
+def build_trainer(
+    made: Recipe, folder: Path, checkpoints: Checkpoints, *, resumed_at: int | None
+) -> pl.Trainer:
+    """Return the Trainer of a recipe. Raises ConfigError for what Lightning refuses."""
+    metrics = MetricsFile(folder / "metrics.csv")
+    if pl.utilities.rank_zero.rank_zero_only.rank == 0:
+        metrics.keep_until(resumed_at or 0)
+    trainer, optim = made.trainer, made.optim
+    try:
+        return pl.Trainer(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=trainer.strategy,
+            precision=trainer.precision,
+            deterministic=trainer.deterministic or None,
+            max_epochs=optim.epochs + optim.cooldown_epochs,
+            check_val_every_n_epoch=trainer.val_every,
+            accumulate_grad_batches=optim.accumulate,
+            gradient_clip_val=optim.clip_grad,
+            callbacks=[Report(), checkpoints],  # in this order: the report reads what the other one clears
+            logger=[metrics, TensorBoard(folder / "tensorboard", resumed_at and resumed_at + 1)],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder,
+            use_distributed_sampler=False,  # the loader shares its batches out by itself
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"Lightning refuses the trainer section: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's hints to itself, and give the random state back as it was."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    loggers = [
+        logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            # Lightning 2.6 under a newer torch; nothing that a user could do about it.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])

@@ -1,0 +1,303 @@
+"""`zoo train`, `zoo eval`, `zoo predict` and `zoo recipes`: thin over `zoo.recipes`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from zoo.recipes.predict import Prediction
+    from zoo.recipes.run_folder import Trained
+
+recipes = typer.Typer(help="List, show, copy and check training recipes.", no_args_is_help=True)
+
+Source = Annotated[
+    str,
+    typer.Argument(help="A run folder, a model.safetensors or .ckpt of one, or a model name with weights."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to a file, or to - .")]
+
+
+def train(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="A name from `zoo recipes list`, or a file."),
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a stopped run; a run folder or .ckpt may follow.")
+    ] = False,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run; the first free one of runs/NAME, runs/NAME-2, ...")
+    ] = None,
+) -> None:
+    """Train a recipe: zoo train classification/digits optim.lr=1e-3
+
+    To go on with a stopped run, exactly where it was: zoo train --resume runs/digits
+    """
+    import shlex
+    import sys
+
+    from zoo.recipes.config import recipe
+    from zoo.recipes.train import train as run
+
+    overrides = [text for text in arguments if "=" in text]
+    names = [text for text in arguments if "=" not in text]
+    if resume:
+        made, where = _resumed(names, overrides, run_dir)
+    else:
+        made, where = recipe(_only(names), overrides), None
+    result = run(made, run_dir=run_dir, resume=where, command=f"zoo {shlex.join(sys.argv[1:])}")
+    metrics = result.evaluation
+    top5 = f", top-5 {100 * metrics.top5:.2f} %" if metrics.top5 is not None else ""
+    print(
+        f"{made.model.name}: {100 * metrics.top1:.2f} % of {metrics.images:,} validation images right{top5} "
+        f"(best of epoch {result.best_epoch}), {result.seconds:.0f} s\n"
+        f"run folder {result.folder}: {result.model_file.name}, curves.png, confusion.png, mistakes.png, ..."
+    )
+
+
+def _only(names: list[str]) -> str:
+    from zoo.errors import ConfigError
+
+    if len(names) != 1:
+        found = f"found {', '.join(names)}" if names else "none is given"
+        raise ConfigError(f"one recipe is wanted, {found}; overrides are written key=value")
+    return names[0]
+
+
+def _resumed(names: list[str], overrides: list[str], run_dir: Path | None) -> tuple[Any, Path]:
+    """Return the recipe of a stopped run with overrides, and where to go on; a recipe named too must fit."""
+    from zoo.errors import ConfigError
+    from zoo.recipes.config import recipe
+    from zoo.recipes.run_folder import latest_run, refuse_another, resume_point
+
+    paths = [
+        name for name in names if name.endswith(".ckpt") or Path(name).exists() and not name.endswith(".yaml")
+    ]
+    given = [name for name in names if name not in paths]
+    if len(paths) > 1 or len(given) > 1 or (paths and run_dir is not None and Path(paths[0]) != run_dir):
+        raise ConfigError(f"--resume takes one run folder or checkpoint, found {', '.join(map(str, names))}")
+    named = recipe(given[0], overrides) if given else None
+    if paths:
+        where = Path(paths[0])
+    elif run_dir is not None:
+        where = run_dir
+    elif named is not None:
+        where = latest_run(named.name)
+    else:
+        raise ConfigError("--resume needs a recipe, a run folder or a checkpoint")
+    folder, _ = resume_point(where)
+    saved = recipe(folder / "config.yaml", overrides)
+    if named is not None:
+        refuse_another(named, saved.plain(), folder)
+    return saved, where
+
+
+def evaluate(
+    source: Source,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder with a sub-folder for each class, or digits; else the run's own."),
+    ] = None,
+    device: Device = None,
+    as_json: Json = None,
+) -> None:
+    """Measure a trained model on its validation images, or on others: zoo eval runs/digits"""
+    from zoo.recipes.evaluate import evaluate as run
+
+    result = run(source, data, overrides=overrides or (), device=device)
+    top5 = f", top-5 {100 * result.top5:.2f} %" if result.top5 is not None else ""
+    line = (
+        f"{source}: {100 * result.top1:.2f} % of {result.images:,} images right{top5}, loss {result.loss:.4f}"
+    )
+    facts = {
+        "source": result.source,
+        "images": result.images,
+        "skipped": result.skipped,
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "classes": result.classes,
+        "confusion": result.confusion.tolist(),
+        "mistakes": [
+            dict(zip(("image", "true", "predicted", "probability"), mistake, strict=True))
+            for mistake in result.mistakes
+        ],
+    }
+    _print_or_write(line, facts, as_json)
+
+
+def predict(
+    source: Source,
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, folders, or patterns such as 'photos/*.jpg'.")
+    ],
+    top_k: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    as_json: Json = None,
+    explain: Annotated[
+        Path | None, typer.Option(help="Folder for pictures of what the centre of each image attends to.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Tell what images show: zoo predict runs/digits photos/ --top-k 3
+
+    An image that cannot be read gets one line, the others go on; the status is then 3.
+    """
+    import dataclasses
+    import sys
+
+    from zoo.recipes.predict import predict as run
+    from zoo.recipes.run_folder import load_trained
+
+    trained = load_trained(source)
+    results = run(trained, images, top_k=top_k, bad_images="skip", device=device)
+    good = [result for result in results if result.error is None]
+    for result in results:
+        if result.error is not None:
+            print(f"error: {result.error}", file=sys.stderr)
+    lines = "\n".join(
+        f"{result.file}: "
+        + ", ".join(
+            f"{name} {100 * share:.1f} %"
+            for name, share in zip(result.classes, result.probabilities, strict=True)
+        )
+        for result in good
+    )
+    facts = {
+        "source": trained.source,
+        "model": trained.name,
+        "predictions": [dataclasses.asdict(result) for result in results],
+    }
+    _print_or_write(lines, facts, as_json)
+    if explain is not None:
+        _explain(trained, good, explain)
+    if len(good) < len(results):
+        raise typer.Exit(3)
+
+
+def _explain(trained: Trained, results: list[Prediction], folder: Path) -> None:
+    from zoo.analysis import explain_neighborhood
+    from zoo.recipes.data.images import read_image
+    from zoo.recipes.data.transforms import eval_transform
+
+    folder.mkdir(parents=True, exist_ok=True)
+    transform = eval_transform(trained.settings)
+    device = next(trained.model.parameters()).device
+    used: set[str] = set()
+    for result in results:
+        path = Path(result.file)
+        name = path.stem
+        while name in used:  # images of the same name from different folders
+            name += "_"
+        used.add(name)
+        title = f"{path.name}: {result.classes[0]} {100 * result.probabilities[0]:.0f} %"
+        figure = explain_neighborhood(trained.model, transform(read_image(path)).to(device), title=title)
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    if results:
+        print(f"{len(results)} pictures of what the centre attends to in {folder}")
+
+
+def _print_or_write(text: str, facts: dict[str, Any], path: Path | None) -> None:
+    import json
+
+    content = json.dumps(facts, indent=2, ensure_ascii=False)
+    if path is not None and str(path) == "-":
+        print(content)
+        return
+    if text:
+        print(text)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n", encoding="utf-8")
+
+
+# ---- zoo recipes
+
+
+@recipes.command("list")
+def list_(pattern: Annotated[str, typer.Argument(help="Names to show, as in '*nat*'.")] = "*") -> None:
+    """List the recipes that come with the zoo, each with the first line of what it says."""
+    from fnmatch import fnmatchcase
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from zoo.errors import ConfigError
+    from zoo.recipes.config import find_recipe, head_comment, recipe_names
+
+    names = [name for name in recipe_names() if fnmatchcase(name, pattern)]
+    if not names:
+        raise ConfigError(f"no recipe matches {pattern!r}; `zoo recipes list` shows all")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", style="dim")
+    for name in names:
+        table.add_row(name, head_comment(find_recipe(name)).partition("\n")[0])
+    Console().print(table)
+
+
+@recipes.command("show")
+def show(
+    name: Annotated[str, typer.Argument(help="A recipe name or .yaml file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Print a recipe with every key, as it would be trained."""
+    from zoo.recipes.config import find_recipe, head_comment, recipe
+
+    made = recipe(name, overrides or (), allow_missing=True)
+    for line in head_comment(find_recipe(name)).splitlines():
+        print(f"# {line}")
+    print(made.yaml(), end="")
+
+
+@recipes.command("copy")
+def copy(
+    name: Annotated[str, typer.Argument(help="A recipe name.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="The new file, or a folder for it; here by default.")
+    ] = None,
+) -> None:
+    """Copy a recipe to a file of your own, to change and train."""
+    from zoo.errors import ConfigError
+    from zoo.recipes.config import find_recipe
+
+    source = find_recipe(name)
+    file = target if target is not None else Path(source.name)
+    if file.is_dir():
+        file = file / source.name
+    if file.suffix != ".yaml":
+        raise ConfigError(f"{file} must end in .yaml, so that `zoo train {file}.yaml` reads it as a file")
+    if file.exists():
+        raise ConfigError(f"{file} exists already; name another file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(source.read_bytes())
+    print(f"{file}; train it with: zoo train {file if len(file.parts) > 1 else f'./{file}'}")
+
+
+@recipes.command("check")
+def check(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Recipe names or files; by default all of the zoo.")
+    ] = None,
+) -> None:
+    """Check recipes: keys, types, values and names. No data is read and no model is built."""
+    import sys
+
+    from zoo.errors import ConfigError
+    from zoo.recipes.config import recipe, recipe_names
+
+    wrong = 0
+    chosen = names or recipe_names()
+    for name in chosen:
+        try:
+            recipe(name, allow_missing=True)
+        except ConfigError as error:
+            wrong += 1
+            print(f"error: {error}", file=sys.stderr)
+    print(f"{len(chosen) - wrong} of {len(chosen)} recipes are right")
+    if wrong:
+        raise typer.Exit(2)
