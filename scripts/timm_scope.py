@@ -49,5 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         model = getattr(item, "callspec", None) and item.callspec.params.get("model_name")
         (ours if isinstance(model, str) and model.partition(".")[0] in OURS else theirs).append(item)
+        # Which published files load is a matter of the network; ours are read by zoo.weights, tested there.
+        loads = item.originalname in ("test_model_load_pretrained", "test_model_features_pretrained")
+        if loads and not _registry.get_pretrained_cfg(model).file:
+            item.add_marker(pytest.mark.skip(reason="needs the published file from the network"))
     config.hook.pytest_deselected(items=theirs)
     items[:] = ours

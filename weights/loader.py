@@ -184,8 +184,8 @@ def read_manifest(path: Path) -> tuple[Weights, ...]:
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, AssertionError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise IntegrityError(f"{path} is not a manifest: {reason}") from error
-    if not isinstance(content, dict):
-        kind = type(content).__name__
+    if not isinstance(content, dict) or not content:
+        kind = type(content).__name__ if content else "nothing"
         raise IntegrityError(f"{path} must be a mapping of <model>.<tag> to fields, found {kind}")
     return tuple(_entry(path, key, value) for key, value in content.items())
 

@@ -222,11 +222,12 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bo
     if hasattr(target, "filter_checkpoint"):
         state = target.filter_checkpoint(state, target)
     own = target.state_dict()
+    state = _first_convolution_for_channels(target, dict(state), own)
     skipped = _classifier_of_other_classes(target, state, own)
     if skipped:
         log.info("%s: the classifier has other classes and stays as initialised", source)
     headless = getattr(target, "num_classes", None) == 0
-    classifier = tuple(f"{name}." for name in _classifiers(target))
+    classifier = tuple(f"{name}." for name in _names(target, "classifier"))
     extra = [key for key in state if key not in own and not (headless and key.startswith(classifier))]
     pruned = target is not model  # a feature extractor has no norm, no classifier and perhaps fewer stages
     problems = {
@@ -261,9 +262,24 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bo
     )
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    names = (getattr(model, "default_cfg", None) or {}).get("classifier") or ()
+def _names(model: nn.Module, role: str) -> tuple[str, ...]:
+    """The layers with this role in timm's configuration, such as "classifier" or "first_conv"."""
+    names = (getattr(model, "default_cfg", None) or {}).get(role) or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _first_convolution_for_channels(
+    model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Fit colour filters to another number of image channels as timm does: summed or repeated."""
+    from timm.models import adapt_input_conv
+
+    for name in _names(model, "first_conv"):
+        theirs, ours = state.get(f"{name}.weight"), own.get(f"{name}.weight")
+        if theirs is None or ours is None or theirs.ndim != 4 or theirs.shape[1] != 3 or ours.shape[1] == 3:
+            continue
+        state[f"{name}.weight"] = adapt_input_conv(ours.shape[1], theirs)
+    return state
 
 
 def _classifier_of_other_classes(
@@ -271,7 +287,7 @@ def _classifier_of_other_classes(
 ) -> list[str]:
     """Keys of classifiers that differ from the model's in the number of classes and in nothing else."""
     keys = []
-    for name in _classifiers(model):
+    for name in _names(model, "classifier"):
         theirs, ours = state.get(f"{name}.weight"), own.get(f"{name}.weight")
         if theirs is None or ours is None or theirs.ndim != ours.ndim:
             continue

@@ -47,7 +47,7 @@ class Backbone(nn.Module):
             for i, (channels, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.grad_checkpointing = False
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+        self.global_pool = _pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
 
@@ -146,7 +146,7 @@ class Backbone(nn.Module):
         trainable = any(p.requires_grad for p in self.parameters())
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+            self.global_pool = _pool(global_pool)
         self.head = nn.Identity()
         if num_classes:
             self.head = nn.Linear(
@@ -172,6 +172,11 @@ class Backbone(nn.Module):
             (r"^norm", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": rf"^{stages}\.(\d+)" if coarse else layers}
+
+
+def _pool(kind: str) -> nn.Module:
+    """[B, Y, X, C] to [B, C] by timm's name of a pooling ("avg", "max" ...); "" keeps the map."""
+    return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind), input_fmt="NHWC")
 
 
 def init_as_published(module: nn.Module) -> None:

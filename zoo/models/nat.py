@@ -421,11 +421,11 @@ NAT_ROWS = {
     ),
     "dinat_large_21k": NATConfig(**_LARGE, dilations=_TINY_224, **_22K),
     "dinat_large_21k_11x11": NATConfig(**_LARGE, dilations=_TINY_224, kernel_size=11, **_22K),
-    # For handwritten digits, tests and teaching: 8 x 8 and 4 x 4 tokens.
+    # For handwritten digits, tests and teaching: 8 x 8, 4 x 4 and 2 x 2 tokens.
     "nat_digits": NATConfig(
-        dims=(32, 64),
-        depths=(2, 2),
-        num_heads=(2, 4),
+        dims=(24, 48, 96),
+        depths=(1, 2, 1),
+        num_heads=(2, 4, 8),
         kernel_size=3,
         mlp_ratio=2.0,
         input_size=32,

@@ -1,0 +1,223 @@
+"""What every backbone of the zoo promises, over all registered names or the smallest of each family."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+import zoo
+from zoo import ops
+
+SMALL = zoo.list_models("*_digits")
+FIXED_SIZE = {"vitrpb_small", "vitrpb_base"}
+
+
+def build(name: str, **arguments) -> nn.Module:
+    torch.manual_seed(0)
+    return zoo.create_model(name, **arguments).eval()
+
+
+def image(model: nn.Module, batch: int = 2, *, height: int | None = None, width: int | None = None):
+    channels, rows, columns = model.default_cfg["input_size"]
+    return torch.randn(batch, channels, height or rows, width or columns)
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_timm_knows_it_with_a_complete_configuration(name):
+    with torch.device("meta"):
+        model = timm.create_model(name if timm.is_model(name) else f"zoo_{name}")
+    cfg = model.default_cfg
+    parameters = dict(model.named_parameters())
+    assert f"{cfg['classifier']}.weight" in parameters
+    assert f"{cfg['first_conv']}.weight" in parameters
+    assert cfg["num_classes"] == model.num_classes
+    assert len(cfg["mean"]) == len(cfg["std"]) == 3
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_layer_decay_sees_as_many_layers_as_there_are(name):
+    with torch.device("meta"):
+        model = zoo.create_model(name)
+    blocks = sum(hasattr(m, "attention_weights") for m in model.modules())
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {group["lr_scale"] for group in groups}
+    assert len(scales) == blocks + 2, "the stem, every block, and the end"
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 56), (45, 37), (17, 33), (4, 4)])
+def test_any_image_size_runs_forward_and_backward(name, height, width):
+    model = build(name).train()
+    logits = model(image(model, height=height, width=width))
+    logits.square().sum().backward()
+    assert logits.shape == (2, 10)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["nat_mini", "dinat_mini", "dinat_s_tiny", "nat_isotropic_small"])
+@pytest.mark.parametrize(("height", "width"), [(256, 320), (97, 131)])
+def test_published_models_run_on_rectangles_and_odd_sizes(name, height, width):
+    model = build(name)
+    with torch.no_grad():
+        assert model(image(model, 1, height=height, width=width)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_batch_is_its_images_one_by_one(name):
+    model = build(name)
+    images = image(model, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(images), torch.cat([model(x[None]) for x in images]), rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_at_every_stage_are_what_the_model_says(name):
+    model = build(name)
+    extractor = build(name, features_only=True)
+    extractor.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
+    images = image(model)
+    with torch.no_grad():
+        features = extractor(images)
+        _, expected = model.forward_intermediates(images)
+    for feature, same, info in zip(features, expected, model.feature_info, strict=True):
+        torch.testing.assert_close(feature, same)
+        side = 32 // info["reduction"]
+        assert feature.shape == (2, info["num_chs"], side, side)
+    one = build(name, features_only=True, out_indices=(1,))(images)
+    assert [f.shape for f in one] == [features[1].shape]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_classifiers_come_and_go(name):
+    model = build(name)
+    images = image(model)
+    with torch.no_grad():
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        assert build(name, num_classes=0)(images).shape == pooled.shape
+        model.reset_classifier(3)
+        assert model(images).shape == (2, 3) and model.get_classifier().out_features == 3
+        model.reset_classifier(0, "")
+        assert model(images).ndim == 4
+    assert build(name, in_chans=1)(torch.randn(1, 1, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_checkpointing_gives_the_same_gradients(name):
+    plain, saving = build(name), build(name)
+    saving.set_grad_checkpointing()
+    images = image(plain)
+    for model in (plain, saving):
+        model(images).square().sum().backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_recomputation_uses_the_backend_of_the_first_computation(name, monkeypatch):
+    from zoo.kernels import dispatch
+
+    used = []
+    resolve = dispatch.resolve
+
+    def spy(op, requested, call):
+        chosen, reason = resolve(op, requested, call)
+        used.append(chosen.name)
+        return chosen, reason
+
+    monkeypatch.setattr(dispatch, "resolve", spy)
+    model = build(name)
+    model.set_grad_checkpointing()
+    with ops.use_backend("reference"):
+        loss = model(image(model)).sum()
+    first = len(used)
+    loss.backward()
+    assert len(used) == 2 * first and set(used) == {"reference"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_backend_gives_the_same(name):
+    model = build(name)
+    images = image(model)
+    with torch.no_grad():
+        with ops.use_backend("reference"):
+            expected = model(images)
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_low_precision_and_channels_last(name):
+    model = build(name)
+    images = image(model)
+    with torch.no_grad():
+        exact = model(images)
+        torch.testing.assert_close(
+            model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last)),
+            exact, rtol=1e-5, atol=1e-5,
+        )  # fmt: skip
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = model(images)
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("name", [*SMALL, pytest.param("nat_mini", marks=pytest.mark.slow)])
+def test_it_compiles_to_one_graph(name):
+    torch._dynamo.reset()
+    model = build(name)
+    images = image(model, 1)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(images), model(images))
+
+
+@pytest.mark.parametrize("name", [*SMALL, "nat_mini"])
+def test_it_exports_with_any_batch(name):
+    model = build(name)
+    images = image(model)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images[:1]), model(images[:1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_captured_weights_sum_to_one_and_rebuild_the_attention(name):
+    model = build(name)
+    images = image(model)
+    seen = {}
+    attention = [(n, m) for n, m in model.named_modules() if hasattr(m, "attention_weights")]
+    hooks = [m.register_forward_hook(lambda m, x, y, n=n: seen.update({n: (x[0], y)})) for n, m in attention]
+    with torch.no_grad(), zoo.capture_attention(model) as records:
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    assert list(records) == [n for n, _ in attention]
+    for record in records.values():
+        assert len(record.axes) == record.weights.ndim
+        torch.testing.assert_close(record.weights.sum(-1), torch.ones(record.weights.shape[:-1]))
+    before = model(images)
+    assert not any(m._forward_hooks for m in model.modules())
+    torch.testing.assert_close(model(images), before)
+
+
+def test_captured_neighborhoods_rebuild_the_output_of_their_module():
+    model = build("nat_digits")
+    module = model.levels[1].blocks[1].attn
+    x = torch.randn(2, 8, 8, 48)
+    with torch.no_grad():
+        record = module.attention_weights(x)
+        v = module.qkv(x).unflatten(-1, (3, 4, 12))[..., 2, :, :].flatten(1, 2)  # [B, N, H, D]
+        out = torch.einsum("byxhk,byxkhd->byxhd", record.weights, v[:, record.keys].unflatten(1, (8, 8)))
+        torch.testing.assert_close(module.proj(out.flatten(-2)), module(x))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_weight_decay_names_the_position_tables(name):
+    model = build(name)
+    assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
+    if name.startswith("nat"):
+        assert {n for n, _ in model.named_parameters() if n.endswith("rpb")} == model.no_weight_decay()

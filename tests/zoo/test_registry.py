@@ -1,0 +1,155 @@
+"""Names become models; wrong names, arguments and files say what would be right."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+import zoo
+from zoo.registry import IMAGENET, register_family
+
+
+def test_unknown_names_suggest_near_ones():
+    with pytest.raises(zoo.ConfigError, match="unknown model 'nat_tny'; did you mean nat_tiny"):
+        zoo.create_model("nat_tny")
+    with pytest.raises(zoo.ConfigError, match="zoo.list_models"):
+        zoo.create_model("completely-else")
+    with pytest.raises(zoo.ConfigError, match="unknown family 'nad'; use .*nat.*did you mean nat"):
+        zoo.list_models(family="nad")
+    with pytest.raises(zoo.ConfigError, match="unknown task 'clasification'.*did you mean classification"):
+        zoo.list_models(task="clasification")
+
+
+def test_unknown_arguments_suggest_near_ones():
+    with pytest.raises(zoo.ConfigError, match="unknown argument 'drop_path' of nat_digits.*drop_path_rate"):
+        zoo.create_model("nat_digits", drop_path=0.1)
+    with pytest.raises(zoo.ConfigError, match="num_classes must be 0 .* or more, found -1"):
+        zoo.create_model("nat_digits", num_classes=-1)
+    with pytest.raises(zoo.ConfigError, match="not both"):
+        zoo.create_model("nat_digits", pretrained=True, checkpoint_path="x.pth")
+
+
+def test_lists_take_globs_and_are_sorted():
+    names = zoo.list_models("dinat_s_*")
+    assert names == sorted(names) and "dinat_s_tiny" in names
+    assert all(name.startswith("dinat_s_") for name in names)
+    assert zoo.list_models("no-such*") == []
+    assert set(zoo.list_models(pretrained=True)) <= set(zoo.list_models())
+
+
+def test_rows_can_be_overridden():
+    model = zoo.create_model("nat_digits", kernel_size=5, depths=(1, 1, 1), mlp_ratio=1.0, num_classes=3)
+    assert model.levels[0].blocks[0].attn.rpb.shape == (2, 9, 9)
+    assert len(model.levels[0].blocks) == 1
+    assert model.head.out_features == 3
+
+
+def test_info_holds_what_is_known():
+    info = zoo.model_info("nat_mini")
+    assert (info.family, info.attention, info.top1) == ("nat", "neighborhood", 81.8)
+    assert info.input_size == (3, 224, 224)
+    assert info.weights[0]["url"].endswith("nat_mini.pth")
+
+
+def test_a_name_that_timm_has_is_registered_beside_it(monkeypatch):
+    from zoo import registry
+    from zoo.models.nat import NAT, NAT_ROWS
+
+    theirs = timm.models.model_entrypoint("resnet18")
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    try:
+        register_family(NAT, {"resnet18": NAT_ROWS["nat_digits"]}, paper="", attention="", cfg=IMAGENET)
+        assert timm.models.model_entrypoint("resnet18") is theirs
+        assert isinstance(zoo.create_model("resnet18"), NAT)
+        assert isinstance(timm.create_model("zoo_resnet18"), NAT)
+    finally:
+        from timm.models import _registry
+
+        _registry._clear_model_entries("zoo_resnet18")
+
+
+# Weights files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    return zoo.create_model("nat_digits")
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s, "epoch": 3},
+        lambda s: {"state_dict": s},
+        lambda s: {"state_dict_ema": s, "state_dict": {k: v * 0 for k, v in s.items()}},
+        lambda s: {"module." + k: v for k, v in s.items()},
+        lambda s: {"state_dict": {"module." + k: v for k, v in s.items()}},
+        lambda s: {**s, "levels.0.blocks.0.attn.relative_position_index": torch.zeros(4, 4)},
+    ],
+    ids=["bare", "model", "state_dict", "ema first", "DataParallel", "both", "derived buffer"],
+)
+def test_files_load_whatever_their_wrapper(model, wrap, tmp_path):
+    target = zoo.create_model("nat_digits")
+    zoo.load_checkpoint(target, saved(tmp_path / "w.pth", wrap(model.state_dict())))
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {k: v for k, v in s.items() if "rpb" not in k}, "4 missing: levels.0.blocks.0.attn.rpb"),
+        (lambda s: {**s, "extra.weight": torch.ones(2)}, "1 unexpected: extra.weight"),
+        (lambda s: {**s, "norm.weight": torch.ones(3)}, r"1 misshapen: norm.weight \[3\] instead of \[96\]"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_changes(model, change, message, tmp_path):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = saved(tmp_path / "w.pth", change(zoo.create_model("nat_digits").state_dict()))
+    with pytest.raises(zoo.IntegrityError, match=message):
+        zoo.load_checkpoint(model, path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert zoo.load_checkpoint(model, path, strict=False)
+
+
+def test_another_models_file_is_refused_with_the_first_five_keys(model, tmp_path):
+    other = saved(tmp_path / "other.pth", timm.create_model("resnet18").state_dict())
+    with pytest.raises(
+        zoo.IntegrityError, match="other.pth does not fit NAT .*missing: .*unexpected: conv1.weight"
+    ):
+        zoo.load_checkpoint(model, other)
+    with pytest.raises(zoo.IntegrityError, match="no entry that fits"):
+        zoo.load_checkpoint(model, other, strict=False)
+
+
+def test_a_classifier_for_other_classes_stays_as_initialised(model, tmp_path):
+    path = saved(tmp_path / "w.pth", model.state_dict())
+    other = zoo.create_model("nat_digits", num_classes=3, checkpoint_path=path)
+    assert other.head.weight.shape == (3, 96)
+    assert torch.equal(other.norm.weight, model.norm.weight)
+    headless = zoo.create_model("nat_digits", num_classes=0, checkpoint_path=path)
+    assert torch.equal(headless.levels[1].blocks[1].mlp.fc2.weight, model.levels[1].blocks[1].mlp.fc2.weight)
+
+
+def test_a_feature_extractor_takes_the_whole_models_file(model, tmp_path):
+    path = saved(tmp_path / "w.pth", model.state_dict())
+    extractor = zoo.create_model("nat_digits", features_only=True, checkpoint_path=path)
+    images = torch.randn(1, 3, 32, 32)
+    model.eval(), extractor.eval()
+    torch.testing.assert_close(
+        extractor(images), model.forward_intermediates(images, intermediates_only=True)
+    )
+
+
+def test_one_channel_models_take_colour_weights(model, tmp_path):
+    path = saved(tmp_path / "w.pth", model.state_dict())
+    grey = zoo.create_model("nat_digits", in_chans=1, checkpoint_path=path)
+    image = torch.randn(1, 1, 32, 32)
+    model.eval(), grey.eval()
+    torch.testing.assert_close(grey(image), model(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
