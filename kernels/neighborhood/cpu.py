@@ -19,9 +19,11 @@ from torch import Tensor
 
 from zoo.kernels.neighborhood.geometry import Axis, keys_of, outer
 
-DENSE_TOKENS = 256  # up to here one masked dense attention is faster than tiles
-COPIED_TOKEN = 16.0  # cost of copying one token into a tile, in query-key products
-TILE = 2000.0  # cost of one more tile, likewise
+# Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
+COPIED_TOKEN = 32.0  # cost of copying one token into a tile, in query-key products
+TOKENS_AT_ONCE = (
+    2048  # images are taken together until they have so many: fewer calls, yet the cache holds them
+)
 
 
 class Tiles(NamedTuple):
@@ -70,8 +72,8 @@ def _tiles(axis: Axis, queries: np.ndarray, keys: np.ndarray, seen: np.ndarray, 
     return Tiles(queries, keys, pattern.reshape(-1), seen[first], relative[first])
 
 
-def _tile_sizes(axes: tuple[Axis, ...]) -> tuple[int, ...]:
-    """Tile sizes with the least work: query-key products, and the tokens that are copied."""
+def _tile_sizes(axes: tuple[Axis, ...]) -> tuple[int, ...] | None:
+    """Tile sizes with the least work, None where one dense attention is less: products and copied tokens."""
     candidates = []
     for axis in axes:
         lengths = axis.group_length(np.arange(axis.dilation))
@@ -83,9 +85,11 @@ def _tile_sizes(axes: tuple[Axis, ...]) -> tuple[int, ...]:
 
     def cost(choice: tuple[tuple[int, int, int], ...]) -> float:
         queries, tiles, keys = (prod(axis[i] for axis in choice) for i in range(3))
-        return tiles * (queries * keys + COPIED_TOKEN * (queries + keys) + TILE)
+        return tiles * (queries * keys + COPIED_TOKEN * (queries + keys))
 
-    return tuple(size for size, _, _ in min(product(*candidates), key=cost))
+    best = min(product(*candidates), key=cost)
+    tokens = prod(axis.length for axis in axes)
+    return None if tokens**2 <= cost(best) else tuple(size for size, _, _ in best)
 
 
 class Plan(NamedTuple):
@@ -105,10 +109,11 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=64)
 def _plan(axes: tuple[Axis, ...]) -> Plan:
     tokens = prod(axis.length for axis in axes)
-    if tokens <= DENSE_TOKENS:
+    sizes = _tile_sizes(axes)
+    if sizes is None:
         per_axis = [_whole(axis) for axis in axes]
     else:
-        per_axis = [_tile(axis, size) for axis, size in zip(axes, _tile_sizes(axes), strict=True)]
+        per_axis = [_tile(axis, size) for axis, size in zip(axes, sizes, strict=True)]
     queries, keys, pattern, seen, relative = per_axis[0]
     for axis, tiles in zip(axes[1:], per_axis[1:], strict=True):
         queries = outer(queries * axis.length, tiles.queries, np.add)
@@ -212,8 +217,9 @@ def _attention(
     if tiles == 1 or torch.compiler.is_compiling():
         out, lse = _attend(q, k, v, plan, keys, bias, scale, return_lse)
     else:
-        # Image by image the halos stay in the cache, and the mask need not be repeated.
-        images = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        # A few images at a time: the halos stay in the cache, and the mask is not repeated for a whole batch.
+        some = max(1, TOKENS_AT_ONCE // prod(grid))
+        images = zip(q.split(some), k.split(some), v.split(some), strict=True)
         parts = [_attend(*image, plan, keys, bias, scale, return_lse) for image in images]
         out = _cat([part[0] for part in parts])
         lse = _cat([part[1] for part in parts]) if return_lse else None
@@ -228,9 +234,8 @@ def _bias(plan: Plan, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
         bias = rpb.flatten(1).to(dtype).index_select(1, plan.relative.flatten())
         bias = bias.unflatten(1, plan.seen.shape)
     bias = torch.where(plan.seen, bias, float("-inf")).reshape(-1, *plan.seen.shape)  # [H or 1, P, t, h]
-    if plan.pattern.shape[0] > 1:
-        bias = bias.index_select(1, plan.pattern)
-    return bias.transpose(0, 1)
+    bias = bias.transpose(0, 1)
+    return bias if plan.pattern.shape[0] == 1 else bias.index_select(0, plan.pattern)
 
 
 def _attend(
@@ -245,7 +250,10 @@ def _attend(
         return _join(out, plan.place, batch, tiles), None
     # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
     dtype = bias.dtype
-    logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2) + bias
+    shape = (*q.shape[:3], k.shape[2])
+    flat_q, flat_k = q.to(dtype).flatten(0, 1), k.to(dtype).flatten(0, 1)
+    logits = torch.baddbmm(bias.expand(shape).flatten(0, 1), flat_q, flat_k.transpose(1, 2), alpha=scale)
+    logits = logits.view(shape)
     out = (logits.softmax(dim=-1) @ v.to(dtype)).to(q.dtype)
     lse = logits.logsumexp(dim=-1, keepdim=True) if return_lse else None
     return _join(out, plan.place, batch, tiles), _join(lse, plan.place, batch, tiles).squeeze(

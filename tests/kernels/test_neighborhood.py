@@ -4,6 +4,8 @@ it."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -18,13 +20,20 @@ from zoo.kernels.neighborhood import cpu
 BACKENDS = ["reference", "cpu"]
 
 
-@pytest.fixture
-def tiles(monkeypatch):
+@contextmanager
+def cut_into(size: int) -> Iterator[None]:
     """Cut even the smallest map into tiles, so that small tests see what large maps run."""
-    monkeypatch.setattr(cpu, "DENSE_TOKENS", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_tile_sizes", lambda axes: [min(size, a.length // a.dilation) for a in axes])
+        cpu._plan.cache_clear()
+        yield
     cpu._plan.cache_clear()
-    yield
-    cpu._plan.cache_clear()
+
+
+@pytest.fixture
+def tiles():
+    with cut_into(3):
+        yield
 
 
 def inputs(grid, *, batch=2, heads=2, kv_heads=None, dim=8, v_dim=None, dtype=torch.float64, grad=False):
@@ -193,12 +202,16 @@ def windows(draw):
     return tuple(zip(*axes, strict=True))
 
 
-@pytest.mark.parametrize("dense_tokens", [0, 256])
-@given(windows(), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 2), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
-def test_any_size_and_window_gives_the_same_on_the_cpu_path(
-    dense_tokens, axes, kv_heads, biased, extra, seed
-):
+@given(
+    windows(),
+    st.sampled_from([None, 1, 2, 3, 5]),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.integers(0, 2),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_size_and_window_gives_the_same_on_the_cpu_path(axes, tile, kv_heads, biased, extra, seed):
     torch.manual_seed(seed)
     grid, kernel, dilation, stride, causal = axes
     q, k, v = inputs(grid, batch=1, kv_heads=kv_heads, dim=4, grad=True)
@@ -210,19 +223,13 @@ def test_any_size_and_window_gives_the_same_on_the_cpu_path(
     more = [torch.randn(1, extra, kv_heads, 4, dtype=torch.float64) if extra else None for _ in range(2)]
     leaves = [q, k, v] + ([rpb] if biased else [])
     results = []
-    original = cpu.DENSE_TOKENS
-    cpu.DENSE_TOKENS = dense_tokens
-    cpu._plan.cache_clear()
-    try:
+    with nullcontext() if tile is None else cut_into(tile):
         for backend in BACKENDS:
             out = ops.neighborhood_attention(
                 q, k, v, kernel, dilation=dilation, stride=stride, is_causal=causal, rpb=rpb,
                 extra_k=more[0], extra_v=more[1], backend=backend,
             )  # fmt: skip
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    finally:
-        cpu.DENSE_TOKENS = original
-        cpu._plan.cache_clear()
     for fast, truth in zip(*results, strict=True):
         torch.testing.assert_close(fast, truth, rtol=1e-9, atol=1e-11)
 
