@@ -32,6 +32,7 @@ def info(
     import json
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from zoo import model_info
@@ -44,7 +45,7 @@ def info(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), _readable(key, value))
+        table.add_row(key.replace("_", " "), escape(_readable(key, value)))
     Console().print(table)
 
 
@@ -74,6 +75,7 @@ def doctor(
 
     import torch
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from zoo import ops
@@ -105,11 +107,12 @@ def doctor(
     console.print(f"GPUs: {', '.join(gpus) if gpus else 'none; everything runs on the CPU'}")
     table = Table("package", "version", "needed for")
     for package, purpose in _PACKAGES.items():
-        table.add_row(package, packages[package] or "[dim]not installed[/]", purpose)
+        table.add_row(package, packages[package] or "[dim]not installed[/]", escape(purpose))
     console.print(table)
     table = Table("operation", "backend", "here")
     for row in backends:
-        table.add_row(row["op"], row["backend"], "[green]runs[/]" if row["runs"] else f"no: {row['reason']}")
+        state = "[green]runs[/]" if row["runs"] else f"no: {escape(row['reason'])}"
+        table.add_row(row["op"], row["backend"], state)
     console.print(table)
 
 

@@ -1,0 +1,108 @@
+"""The command line's frame: what it prints, and one clear line with the right status for every mistake."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+
+import zoo
+from zoo.cli import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = main(arguments)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_list_prints_a_name_a_line(capsys):
+    status, out, _ = run(capsys, "list", "dinat_s*")
+    assert status == 0
+    assert out.split() == zoo.list_models("dinat_s*")
+
+
+def test_info_prints_the_facts(capsys):
+    status, out, _ = run(capsys, "info", "nat_mini", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert (facts["name"], facts["top1"], facts["params"]) == ("nat_mini", 81.8, 19984174)
+    assert "19.984 M" in run(capsys, "info", "nat_mini")[1]
+
+
+def test_doctor_names_every_backend(capsys):
+    status, out, _ = run(capsys, "doctor", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert {"op": "neighborhood_attention", "backend": "cpu", "runs": True, "reason": None} in report[
+        "backends"
+    ]
+    assert report["packages"]["torch"]
+    assert "attnzoo[diffusion]" in run(capsys, "doctor")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "nat_tny"], "unknown model 'nat_tny'; did you mean nat_tiny"),
+        (["list", "q*"], "no model matches 'q*'"),
+        (["list", "--family", "nats"], "unknown family 'nats'; use nat"),
+        (["info"], "Missing argument"),
+        (["list", "--frobnicate"], "No such option"),
+        (["lst"], "No such command"),
+        (["train", "classification/digit"], "did you mean classification/digits"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys):
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert message in err
+    assert err.startswith("error: ") and len(err.splitlines()) <= 3 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (zoo.ConfigError("c"), 2),
+        (zoo.DataError("d"), 3),
+        (zoo.IntegrityError("i"), 4),
+        (zoo.ResourceError("r"), 5),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 5),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 3),
+        (MemoryError(), 5),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(143), 143),
+        (RuntimeError("a\nlong\nmessage\nof\nlines"), 1),
+        (AssertionError(), 1),
+    ],
+)
+def test_every_error_has_its_status_and_a_text(error, status, capsys, monkeypatch):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(zoo, "list_models", fail)
+    found, _, err = run(capsys, "list")
+    assert found == status
+    if isinstance(error, Exception):  # the others say what they have to say themselves
+        assert 1 <= len(err.splitlines()) <= 3
+
+
+def test_debug_shows_the_traceback_wherever_it_stands():
+    for arguments in (["--debug", "info", "nat_tny"], ["info", "nat_tny", "--debug"]):
+        with pytest.raises(zoo.ConfigError):
+            main(arguments)
+
+
+def test_the_module_is_the_command():
+    result = subprocess.run([sys.executable, "-m", "zoo", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "predict" in result.stdout
+
+
+def test_output_cut_off_by_a_pager_is_no_error():
+    command = f"{sys.executable} -m zoo list | head -n 1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
