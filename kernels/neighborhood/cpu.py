@@ -156,8 +156,9 @@ def neighborhood_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [B, *grid, Hq, Dv] and, where asked for, the natural-log LSE [B, *grid, Hq]."""
-    if _all_finite(k, v):
-        return _attention(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
+    out, lse = _attention(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
+    if _all_finite(out):
+        return out, lse
     # A mask multiplies the halo's unseen keys by zero, which NaN and infinity survive. So they are taken out,
     # and the queries that do see them are told.
     finite_k, finite_v = (x.isfinite().all(dim=-1) for x in (k, v))
@@ -165,19 +166,15 @@ def neighborhood_attention(
     out, lse = _attention(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
     shared = q.shape[-2] // k.shape[-2]
     out = out + _nan_where_seen(~(finite_k & finite_v), axes, shared)[..., None]
-    return out, None if lse is None else lse + _nan_where_seen(~finite_k, axes, shared)
+    return out, lse + _nan_where_seen(~finite_k, axes, shared) if return_lse else None
 
 
-def _all_finite(*tensors: Tensor) -> bool:
-    """Whether no tensor holds NaN or infinity; where values cannot be looked at, they count as finite."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+def _all_finite(x: Tensor) -> bool:
+    """Whether `x` holds no NaN or infinity; where a tracer hides the values, they count as finite."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(x) is not Tensor:
         return True
     # A sum is one cheap pass. It may overflow by itself; then the careful way is taken for nothing.
-    return all(
-        bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) for x in tensors
-    )
+    return bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
 
 
 def _nan_where_seen(bad: Tensor, axes: tuple[Axis, ...], shared: int) -> Tensor:
