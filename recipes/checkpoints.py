@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from zoo.errors import ZooError
+from zoo.errors import ConfigError, ZooError
 from zoo.recipes.data.loader import EpochLoader
 from zoo.recipes.files import link_atomically, load_checkpoint, save_checkpoint, sweep
 
@@ -34,11 +34,11 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class Stopped(BaseException):
-    """A signal asked for the end; the state of the last whole step is saved."""
+    """A signal asked for the end, after a step whose state is saved unless it was asked twice."""
 
-    def __init__(self, number: int, step: int) -> None:
+    def __init__(self, number: int, step: int, *, saved: bool = True) -> None:
         super().__init__(number, step)
-        self.number, self.step = number, step
+        self.number, self.step, self.saved = number, step, saved
 
 
 class Checkpoints(pl.Callback):
@@ -72,7 +72,7 @@ class Checkpoints(pl.Callback):
 
     def _note_signal(self, number: int, frame: Any) -> None:
         if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt  # asked twice: at once, without saving
+            raise Stopped(number, self.step, saved=False)
         self.signal = number
 
     def on_train_batch_end(
@@ -160,4 +160,10 @@ class Checkpoints(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.loader.position = tuple(checkpoint["position"])
+        epoch, batch = checkpoint["position"]
+        if batch and checkpoint["world_size"] != trainer.world_size:
+            raise ConfigError(
+                f"the checkpoint was written inside an epoch by {checkpoint['world_size']} processes, "
+                f"not by {trainer.world_size}; resume with as many, or from a checkpoint between epochs"
+            )
+        self.loader.position = (epoch, batch)

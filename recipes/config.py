@@ -14,11 +14,12 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from zoo.errors import ConfigError, did_you_mean
@@ -382,7 +383,7 @@ def build(raw: dict[str, Any], *, source: str = "recipe", allow_missing: bool = 
     _refuse_code(raw, "", source)
     _check_keys(raw, Recipe, "", source)
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(raw))
+        config = OmegaConf.merge(_schema(), OmegaConf.create(raw))
         missing = sorted(OmegaConf.missing_keys(config))
         if missing and not allow_missing:
             raise ConfigError(f"{source}: {missing[0]} is not given; add {missing[0]}=... to the command")
@@ -400,6 +401,16 @@ def build(raw: dict[str, Any], *, source: str = "recipe", allow_missing: bool = 
         if isinstance(value, str) and "${" in value
     }
     return made
+
+
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Recipe)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _leaves(container: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -455,7 +466,7 @@ REFUSED_ARGS = (
 
 def _check_keys(raw: dict[str, Any], kind: type, prefix: str, source: str) -> None:
     """Name an unknown key and the nearest known one, wherever in the recipe that is."""
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     known = {item.name for item in dataclasses.fields(kind)}
     for key, value in raw.items():
         path = f"{prefix}{key}"
@@ -472,12 +483,21 @@ def _check_keys(raw: dict[str, Any], kind: type, prefix: str, source: str) -> No
                     f"{source}: {path} is a group of keys, such as {path}.{_first(hints[key])}=..."
                 )
             _check_keys(value, hints[key], f"{path}.", source)
-        elif path in ("model.args", "optim.args") and isinstance(value, dict):
+        elif _is_of_another_shape(value, str(hints[key])):
+            raise ConfigError(f"{source}: {path}={value} is not {_wanted(path)}")
+        elif isinstance(value, dict):
             for name in value:
                 if str(name).startswith(REFUSED_ARGS):
                     raise ConfigError(
                         f"{source}: {path}.{name} has a key of its own or is not for recipes; leave it out"
                     )
+
+
+def _is_of_another_shape(value: Any, hint: str) -> bool:
+    """Tell whether a list or group stands where none belongs, or a text, even `${...}`, in their place."""
+    if isinstance(value, dict | list):
+        return type(value).__name__ not in hint
+    return isinstance(value, str) and ("list" in hint or "dict" in hint)
 
 
 def _first(kind: type) -> str:
@@ -488,7 +508,7 @@ def all_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
     """Return every dotted key that a recipe knows."""
     keys = []
     for item in dataclasses.fields(kind):
-        hint = typing.get_type_hints(kind)[item.name]
+        hint = _hints(kind)[item.name]
         keys += all_keys(hint, f"{prefix}{item.name}.") if is_dataclass(hint) else [f"{prefix}{item.name}"]
     return keys
 
@@ -516,7 +536,7 @@ def _explain(error: OmegaConfBaseException, raw: dict[str, Any]) -> str:
 def _wanted(key: str) -> str:
     kind: Any = Recipe
     for part in key.split("."):
-        kind = typing.get_type_hints(kind).get(part) if is_dataclass(kind) else None
+        kind = _hints(kind).get(part) if is_dataclass(kind) else None
     words = {
         int: "a whole number",
         float: "a number",
@@ -565,20 +585,22 @@ def _fields(made: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def _check_number(made: Recipe, key: str, value: Any, limits: Any) -> None:
-    shown = made.shown(key)
     values = value if isinstance(value, list) else [value]
     if limits["length"] and len(values) != limits["length"]:
-        raise ConfigError(f"{key}={shown} has {len(values)} numbers; {limits['length']} are wanted")
+        raise ConfigError(f"{key}={made.shown(key)} has {len(values)} numbers; {limits['length']} are wanted")
     for each in values:
-        if not math.isfinite(each):
-            raise ConfigError(f"{key}={shown} must be a finite number")
-        if each <= limits["above"]:
-            raise ConfigError(f"{key}={shown} must be above {limits['above']:g}")
-        if each < limits["low"]:
-            raise ConfigError(f"{key}={shown} must be at least {limits['low']:g}")
         high = min(limits["high"], 2**31 - 1)
-        if each > high:
-            raise ConfigError(f"{key}={shown} must be at most {high:g}")
+        wanted = ""
+        if not math.isfinite(each):
+            wanted = "a finite number"
+        elif each <= limits["above"]:
+            wanted = f"above {limits['above']:g}"
+        elif each < limits["low"]:
+            wanted = f"at least {limits['low']:g}"
+        elif each > high:
+            wanted = f"at most {high:g}"
+        if wanted:
+            raise ConfigError(f"{key}={made.shown(key)} must be {wanted}")
 
 
 def _check_name(made: Recipe, key: str, value: str, allowed: Any) -> None:

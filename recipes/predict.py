@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from zoo.errors import ConfigError, DataError
-from zoo.recipes.data.images import image_files, read_image
+from zoo.recipes.data.images import image_files, read_image, to_rgb
 from zoo.recipes.data.transforms import eval_transform
 from zoo.recipes.run_folder import Trained, choose_device, load_trained
 
@@ -67,7 +67,7 @@ def predict(
     for number, image in enumerate(_images(images)):
         name = str(image) if not isinstance(image, Image.Image) else f"image {number}"
         try:
-            pixels = image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
+            pixels = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         except DataError as error:
             if bad_images == "error":
                 raise

@@ -14,7 +14,7 @@ from typing import Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from zoo.errors import ConfigError, ZooError
+from zoo.errors import ConfigError, IntegrityError, ZooError
 from zoo.recipes import pictures
 from zoo.recipes import run_folder as runs
 from zoo.recipes.checkpoints import BEST, LAST, Checkpoints, Stopped
@@ -72,27 +72,28 @@ def train(
 def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunResult:
     began = time.monotonic()
     folder, checkpoint = _choose_folder(made, run_dir, resume)
+    train_images, val_images = load_halves(made)
+    classes = train_images.classes
+    content = _check_resume(made, checkpoint, classes) if checkpoint is not None else None
+    for note in (*train_images.notes, *val_images.notes):
+        say(f"note: {made.conceal(note)}")
+    reseed(made.seed, "weights")
+    model = runs.build_model(made, len(classes))
+    settings = InputSettings.of(model, made.data)
+    bad_images = BadImages(made.data.max_bad, folder / "bad_files.txt")
+    loader, val_loader = _loaders(made, settings, train_images, val_images, bad_images)
+    module = Classification(model, made, loader, len(classes))
+    if content is not None:
+        _refuse_other_weights(content, module, checkpoint)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        loader,
+        {"recipe": made.plain(), "classes": classes, "input": settings.plain()},
+        save_every=made.trainer.save_every,
+        keep_best=made.trainer.keep_best,
+    )
     first = rank_zero_only.rank == 0
     with runs.lock(folder) if first else nullcontext():
-        train_images, val_images = load_halves(made)
-        classes = train_images.classes
-        content = _check_resume(made, checkpoint, classes) if checkpoint is not None else None
-        for note in (*train_images.notes, *val_images.notes):
-            say(f"note: {note}")
-        reseed(made.seed, "weights")
-        model = runs.build_model(made, len(classes))
-        settings = InputSettings.of(model, made.data)
-        bad_images = BadImages(made.data.max_bad, folder / "bad_files.txt")
-        loader, val_loader = _loaders(made, settings, train_images, val_images, bad_images)
-        module = Classification(model, made, loader, len(classes))
-        facts = {"recipe": made.plain(), "classes": classes, "input": settings.plain()}
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            loader,
-            facts,
-            save_every=made.trainer.save_every,
-            keep_best=made.trainer.keep_best,
-        )
         if first:
             runs.write_start(folder, made, command or f"zoo.train  # {shlex.join(sys.argv)}", classes)
             millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -152,6 +153,17 @@ def _check_resume(made: Recipe, checkpoint: Path, classes: list[str]) -> dict[st
     return content
 
 
+def _refuse_other_weights(content: dict[str, Any], module: Classification, checkpoint: Path | None) -> None:
+    saved, own = content["state_dict"], module.state_dict()
+    differ = list(saved.keys() ^ own.keys())
+    differ += [key for key in saved.keys() & own.keys() if saved[key].shape != own[key].shape]
+    if differ:
+        raise IntegrityError(
+            f"{checkpoint} was written by another version of {module.recipe.model.name}: "
+            f"{len(differ)} weights differ, such as {min(differ)}; start a new run"
+        )
+
+
 def _loaders(
     made: Recipe, settings: InputSettings, train_images: Images, val_images: Images, bad_images: BadImages
 ) -> tuple[EpochLoader, EpochLoader]:
@@ -175,7 +187,12 @@ def _loaders(
 def _end_by_signal(stopped: Stopped, folder: Path) -> None:
     if rank_zero_only.rank == 0:
         name = signal.Signals(stopped.number).name
-        say(f"stopped by {name} after step {stopped.step}, which is saved; go on with --resume {folder}")
+        state = (
+            f"after step {stopped.step}, which is saved"
+            if stopped.saved
+            else "at once, nothing more is saved"
+        )
+        say(f"stopped by {name} {state}; go on with --resume {folder}")
     if stopped.number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + stopped.number)
@@ -190,7 +207,6 @@ def _finish(
     bad_images: BadImages,
     began: float,
 ) -> RunResult:
-
     best, last = folder / "checkpoints" / BEST, folder / "checkpoints" / LAST
     model_file = runs.export_model(folder, best if best.exists() else last, made, settings)
     # The file itself is judged, not the network in memory.

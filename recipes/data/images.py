@@ -37,13 +37,14 @@ def read_image(path: str | Path) -> Image.Image:
                     raise ValueError(
                         f"{image.width}x{image.height} pixels, a side over {MAX_ASPECT} times the other"
                     )
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(ImageOps.exif_transpose(image))
     # A decoder may raise anything on damaged input.
     except Exception as error:
         raise DataError(f"{path} cannot be read as an image: {_reason(error, path)}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as 8-bit RGB: 16-bit grey scaled, transparency over white. Raises ValueError."""
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

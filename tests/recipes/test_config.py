@@ -1,0 +1,306 @@
+"""A recipe is either right or refused in one sentence, before anything is built; and nothing in it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from zoo.errors import ConfigError
+from zoo.recipes.config import Recipe, all_keys, check, find_recipe, head_comment, recipe, recipe_names
+
+GOOD = "model: {name: nat_digits}\ndata: {name: digits}\n"
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    file = folder / "mine.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+@pytest.fixture
+def good(tmp_path) -> Path:
+    return write(tmp_path, GOOD)
+
+
+def refused(file: Path | str, *overrides: str, **keywords: bool) -> str:
+    """The message of the refusal, which must be one sentence on one line and name no internals."""
+    with pytest.raises(ConfigError) as caught:
+        recipe(file, overrides, **keywords)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    assert "full_key" not in message and "Traceback" not in message
+    return message
+
+
+def leaves(kind: type = Recipe, prefix: str = "") -> list[tuple[str, dataclasses.Field, object]]:
+    """Every field of a recipe: dotted key, field, type."""
+    found = []
+    for item in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[item.name]
+        if dataclasses.is_dataclass(hint):
+            found += leaves(hint, f"{prefix}{item.name}.")
+        else:
+            found.append((f"{prefix}{item.name}", item, hint))
+    return found
+
+
+ALL = leaves()
+NUMBERS = [(key, item, hint) for key, item, hint in ALL if "low" in item.metadata]
+NAMES = [key for key, item, _ in ALL if "names" in item.metadata]
+
+
+def literal(hint: object, value: float) -> str:
+    if "list" in str(hint):
+        return f"[{value}, {value}]" if "." in str(value) or value != value else f"[{value}, {value}]"
+    return str(value)
+
+
+# ---- every field, found by looking
+
+
+def test_every_number_has_limits_and_every_field_is_found():
+    assert len(ALL) == len(all_keys()) > 50
+    unlimited = [key for key, item, hint in ALL if "low" not in item.metadata and hint in (int, float)]
+    assert unlimited == []
+
+
+@pytest.mark.parametrize("key", [key for key, _, _ in ALL])
+def test_a_misspelt_key_names_the_nearest_one(good, key):
+    assert f"did you mean {key}" in refused(good, f"{key}x=1") or key == "model.args"
+
+
+@pytest.mark.parametrize(("key", "hint"), [(key, hint) for key, _, hint in ALL])
+def test_a_wrong_type_is_named_with_its_key(good, key, hint):
+    wrong = "{a: {b: c}}" if "dict" not in str(hint) else "7"
+    message = refused(good, f"{key}={wrong}", names=False)
+    assert key in message
+
+
+@pytest.mark.parametrize(("key", "item", "hint"), NUMBERS, ids=[key for key, _, _ in NUMBERS])
+def test_numbers_outside_their_limits_are_refused_with_the_limit(good, key, item, hint):
+    limits = item.metadata
+    length = limits["length"] or 1
+    wrong: list[float] = []
+    if limits["low"] > float("-inf"):
+        wrong.append(limits["low"] - 1)
+    if limits["above"] > float("-inf"):
+        wrong.append(limits["above"])
+    if limits["high"] < float("inf"):
+        wrong.append(limits["high"] + 1)
+    if "float" in str(hint):
+        wrong += [float("nan"), float("inf")]
+    assert wrong, f"{key} takes any number"
+    for value in wrong:
+        whole = "float" not in str(hint)
+        text = str(int(value)) if whole else {"nan": ".nan", "inf": ".inf"}.get(str(value), str(value))
+        text = f"[{', '.join([text] * length)}]" if "list" in str(hint) else text
+        message = refused(good, f"{key}={text}", names=False)
+        assert key in message and "must be" in message
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_an_unknown_name_is_refused(good, key):
+    assert key in refused(good, f"{key}=nonesuch-at-all")
+
+
+@pytest.mark.parametrize(
+    ("key", "near", "name"),
+    [
+        ("model.name", "nat_digit", "nat_digits"),
+        ("optim.name", "adamww", "adamw"),
+        ("data.name", "digit", "digits"),
+        ("optim.schedule", "cosin", "cosine"),
+        ("trainer.precision", "bf16-mixd", "bf16-mixed"),
+    ],
+)
+def test_a_misspelt_name_suggests_the_near_one(good, key, near, name):
+    assert f"did you mean {name}" in refused(good, f"{key}={near}")
+
+
+@pytest.mark.parametrize("notation", ["rand-x9", "bogus", ""])
+def test_only_timms_notation_is_an_augmentation(good, notation):
+    assert "augment.auto_augment" in refused(good, f"augment.auto_augment='{notation}'")
+
+
+# ---- what must fit together
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.batch_size=7", "augment.mixup=0.8"], "must be even"),
+        (["augment.crop_scale=[1.0, 0.5]"], "smaller number to the larger"),
+        (["augment.crop_scale=[0.5]"], "2 are wanted"),
+        (["data.mean=[0.5, 0.5]"], "3 are wanted"),
+        (["optim.epochs=3", "optim.warmup_epochs=4"], "longer than"),
+        (["optim.epochs=3", "optim.warmup_epochs=1", "trainer.val_every=4"], "more than all 3 epochs"),
+        (["model.pretrained=true", "model.checkpoint=x.pth"], "choose one"),
+        (["data.download=true"], "needs none"),
+        (["optim.ema=0.9", "trainer.strategy=fsdp"], "optim.ema=null"),
+        (["optim.ema=0.9", "trainer.precision=bf16-true"], "too coarse"),
+        (["name=../up"], "folder name"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(good, overrides, words):
+    assert words in refused(good, *overrides, names=False)
+
+
+@pytest.mark.parametrize("text", ["", "optim.lr", "=3", "a..b=1", "optim.lr=[", "optim=3", "base=x"])
+def test_an_override_must_be_key_equals_value(good, text):
+    refused(good, text, names=False)
+
+
+def test_yaml_values_come_through_with_their_types(good):
+    made = recipe(
+        good,
+        ["optim.lr=1e-3", "trainer.devices=2", "data.mean=[0, 0.5, 1]", "model.args={dilations: [[1, 2]]}"],
+    )
+    assert (made.optim.lr, made.trainer.devices, made.data.mean) == (0.001, 2, [0.0, 0.5, 1.0])
+    assert made.model.args == {"dilations": [[1, 2]]}
+    assert made.name == "mine"
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"# only a comment\n",
+        b"4",
+        b"null",
+        b"- a\n- b\n",
+        b"!!set {a}",
+        b"model: {name: nat_digits}\nmodel: {name: nat_mini}\n",
+        b"model: " + b"[" * 3000,
+        b"model: " + b"{a: " * 100_000,
+        b"a: " + b"- " * 200_000,
+        b"\xff\xfe\x00m",
+        b"model: [1]\n",
+        b"\tmodel: 1\n",
+        b"model: {name: 'unclosed\n",
+        b"x" * 2_000_000,
+        b"a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + b"".join(b"%c: &%c [*%c,*%c,*%c,*%c]\n" % (98 + i, 98 + i, *[97 + i] * 4) for i in range(9)),
+    ],
+    ids=lambda content: repr(content[:14]),
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path, content):
+    refused(write(tmp_path, content), names=False)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    assert "no recipe file" in refused(tmp_path / "none.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    assert "is a folder" in refused(tmp_path / "folder.yaml")
+
+
+def test_a_misspelt_recipe_suggests_the_near_one():
+    assert "did you mean classification/digits" in refused("classification/digts")
+    assert "did you mean classification/digits" in refused("digits")
+
+
+def test_a_base_gives_what_the_file_leaves_out(tmp_path):
+    (tmp_path / "parent.yaml").write_text("data: {name: digits}\noptim: {lr: 0.5, epochs: 7}\n")
+    made = recipe(
+        write(tmp_path, "base: parent.yaml\nmodel: {name: nat_digits}\noptim: {lr: 0.25}\n"), names=False
+    )
+    assert (made.optim.lr, made.optim.epochs, made.data.name) == (0.25, 7, "digits")
+
+
+@pytest.mark.parametrize("parent", ["base: mine.yaml\n" + GOOD, "base: other.yaml\n" + GOOD])
+def test_a_base_has_no_base(tmp_path, parent):
+    (tmp_path / "parent.yaml").write_text(parent)
+    file = write(tmp_path, "base: parent.yaml\n" + GOOD)
+    assert "one level" in refused(file)
+
+
+# ---- nothing runs, nothing leaks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {_target_: os.system}",
+        "model: {name: nat_digits, args: {class_path: os.system}}",
+        "model: {name: nat_digits, args: {norm: torch.nn.Identity}}",
+        "model: {name: nat_digits, args: {a: [{_target_: x}]}}",
+        "model: {name: nat_digits, args: {pretrained_cfg: {url: x}}}",
+        "model: {name: nat_digits, args: {a: 'https://example.org/x'}}",
+        "model: !!python/object/apply:os.system [true]",
+        "model: {name: !!python/name:os.system }",
+        "optim: {lr: '${oc.create:3}'}",
+        "optim: {lr: '${eval:1+1}'}",
+    ],
+)
+def test_nothing_in_a_recipe_names_code(tmp_path, text):
+    refused(write(tmp_path, text), names=False)
+
+
+def test_reading_a_recipe_imports_nothing_it_names(tmp_path):
+    """Neither what a hostile file names nor torch, which would make a typing mistake cost seconds."""
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    file = write(tmp_path, "model: {name: nat_digits, args: {a: trap.run}}\ndata: {name: digits}")
+    code = (
+        "import sys\n"
+        "from zoo.errors import ConfigError\n"
+        "from zoo.recipes.config import recipe\n"
+        f"for name, override in (({str(file)!r}, []), ('classification/digits', ['optim.lrr=1'])):\n"
+        "    try:\n"
+        "        recipe(name, override)\n"
+        "    except ConfigError:\n"
+        "        print('refused')\n"
+        "print([name for name in ('trap', 'torch', 'timm') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.split("\n")[:3] == ["refused", "refused", "[]"], result.stderr
+
+
+def test_an_interpolation_is_used_and_never_saved(good, monkeypatch):
+    monkeypatch.setenv("ZOO_TEST_SECRET", "s3cr3t-value")
+    made = recipe(good, ["data.root=${oc.env:ZOO_TEST_SECRET}"], names=False)
+    assert made.data.root == "s3cr3t-value"
+    assert made.shown("data.root") == "${oc.env:ZOO_TEST_SECRET}"
+    assert "s3cr3t" not in made.yaml()
+    assert made.conceal("no folder s3cr3t-value") == "no folder ${oc.env:ZOO_TEST_SECRET}"
+    made.data.root = "/somewhere/else"
+    assert "/somewhere/else" in made.yaml()
+
+
+@pytest.mark.parametrize("key", [key for key, _, hint in ALL if "dict" not in str(hint)])
+def test_no_error_shows_what_an_interpolation_stood_for(good, monkeypatch, key):
+    monkeypatch.setenv("ZOO_TEST_SECRET", "s3cr3t-value/..")
+    try:
+        recipe(good, [f"{key}=${{oc.env:ZOO_TEST_SECRET}}"], names=False)
+    except ConfigError as error:
+        assert "s3cr3t" not in str(error)
+        assert "ZOO_TEST_SECRET" in str(error)
+
+
+def test_a_variable_that_is_not_set_is_named(good):
+    assert "environment variable ZOO_NOT_SET" in refused(good, "data.root=${oc.env:ZOO_NOT_SET}", names=False)
+
+
+# ---- the recipes that come with the zoo
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_is_right_and_says_what_to_expect(name):
+    made = recipe(name, allow_missing=True)
+    check(made)
+    head = head_comment(find_recipe(name))
+    assert made.model.name in head or "base" in head.lower()
+    assert f"zoo train {name}" in head
+
+
+def test_a_recipe_survives_being_saved(tmp_path):
+    made = recipe("classification/digits")
+    again = recipe(write(tmp_path, made.yaml()))
+    assert again.plain() == made.plain()
