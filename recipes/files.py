@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +40,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             ) from None
         raise ResourceError(f"{path} could not be written ({error.strerror}){kept}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def link_atomically(source: Path, path: Path) -> None:
@@ -63,16 +65,12 @@ def _copy(source: Path, file: IO[bytes]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    try:
+    with suppress(OSError):  # some systems cannot open a folder; then the rename is as safe as it gets
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # some systems cannot open a folder; then the rename is as safe as it gets
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sweep(folder: Path) -> None:

@@ -52,7 +52,7 @@ def build_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError, TypeError, ImportError) as error:
         raise ConfigError(f"Lightning refuses the trainer section: {' '.join(str(error).split())}") from None
 
 

@@ -42,9 +42,12 @@ def recipe_file(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def run(recipe_file: Path, tmp_path: Path) -> Callable[..., object]:
-    """Train the small recipe: run("folder", "key=value", ..., resume=...)."""
-    from zoo.recipes import api
+def run(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Train the small recipe, without its pictures: run("folder", "key=value", ..., resume=...)."""
+    from zoo.recipes import api, pictures
+
+    for name in ("curves", "confusion", "mistakes"):
+        monkeypatch.setattr(pictures, name, lambda *arguments: None)
 
     def train(name: str, *overrides: str, **keywords: object) -> object:
         made = api.recipe(recipe_file, overrides)

@@ -38,7 +38,6 @@ def train(
     To go on with a stopped run, exactly where it was: zoo train --resume runs/digits
     """
     import shlex
-    import sys
 
     from zoo.recipes.config import recipe
     from zoo.recipes.train import train as run
@@ -49,7 +48,9 @@ def train(
         made, where = _resumed(names, overrides, run_dir)
     else:
         made, where = recipe(_only(names), overrides), None
-    result = run(made, run_dir=run_dir, resume=where, command=f"zoo {shlex.join(sys.argv[1:])}")
+    typed = ["zoo", "train", *arguments, *(["--resume"] if resume else [])]
+    typed += ["--run-dir", str(run_dir)] if run_dir is not None else []
+    result = run(made, run_dir=run_dir, resume=where, command=shlex.join(typed))
     metrics = result.evaluation
     top5 = f", top-5 {100 * metrics.top5:.2f} %" if metrics.top5 is not None else ""
     print(
@@ -71,13 +72,11 @@ def _only(names: list[str]) -> str:
 def _resumed(names: list[str], overrides: list[str], run_dir: Path | None) -> tuple[Any, Path]:
     """Return the recipe of a stopped run with overrides, and where to go on; a recipe named too must fit."""
     from zoo.errors import ConfigError
-    from zoo.recipes.config import recipe
+    from zoo.recipes.config import recipe, recipe_names
     from zoo.recipes.run_folder import latest_run, refuse_another, resume_point
 
-    paths = [
-        name for name in names if name.endswith(".ckpt") or Path(name).exists() and not name.endswith(".yaml")
-    ]
-    given = [name for name in names if name not in paths]
+    given = [name for name in names if name.endswith(".yaml") or name in recipe_names()]
+    paths = [name for name in names if name not in given]
     if len(paths) > 1 or len(given) > 1 or (paths and run_dir is not None and Path(paths[0]) != run_dir):
         raise ConfigError(f"--resume takes one run folder or checkpoint, found {', '.join(map(str, names))}")
     named = recipe(given[0], overrides) if given else None
@@ -175,6 +174,7 @@ def predict(
     _print_or_write(lines, facts, as_json)
     if explain is not None:
         _explain(trained, good, explain)
+        print(f"{len(good)} pictures of what the centre attends to in {explain}", file=sys.stderr)
     if len(good) < len(results):
         raise typer.Exit(3)
 
@@ -197,8 +197,6 @@ def _explain(trained: Trained, results: list[Prediction], folder: Path) -> None:
         title = f"{path.name}: {result.classes[0]} {100 * result.probabilities[0]:.0f} %"
         figure = explain_neighborhood(trained.model, transform(read_image(path)).to(device), title=title)
         figure.savefig(folder / f"{name}.png", dpi=110)
-    if results:
-        print(f"{len(results)} pictures of what the centre attends to in {folder}")
 
 
 def _print_or_write(text: str, facts: dict[str, Any], path: Path | None) -> None:
@@ -223,21 +221,15 @@ def list_(pattern: Annotated[str, typer.Argument(help="Names to show, as in '*na
     """List the recipes that come with the zoo, each with the first line of what it says."""
     from fnmatch import fnmatchcase
 
-    from rich.console import Console
-    from rich.table import Table
-
     from zoo.errors import ConfigError
     from zoo.recipes.config import find_recipe, head_comment, recipe_names
 
     names = [name for name in recipe_names() if fnmatchcase(name, pattern)]
     if not names:
         raise ConfigError(f"no recipe matches {pattern!r}; `zoo recipes list` shows all")
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold", style="dim")
+    width = max(map(len, names))
     for name in names:
-        table.add_row(name, head_comment(find_recipe(name)).partition("\n")[0])
-    Console().print(table)
+        print(f"{name:<{width}}  {head_comment(find_recipe(name)).partition(chr(10))[0]}")
 
 
 @recipes.command("show")

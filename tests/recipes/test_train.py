@@ -1,0 +1,528 @@
+"""A run: what it leaves, how it stops, how it goes on exactly, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.scheduler import CosineLRScheduler
+
+from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
+from zoo.recipes import api
+from zoo.recipes.config import Optim, recipe
+from zoo.recipes.tasks import classification
+from zoo.recipes.tasks.classification import Classification, schedule
+from zoo.recipes.train import train
+
+STEPS = 6  # of the small recipe: three in each of two epochs
+
+
+def outcome(folder: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    return (folder / "metrics.csv").read_text(), load_file(folder / "model.safetensors")
+
+
+def assert_same(one: Path, other: Path) -> None:
+    (metrics, weights), (other_metrics, other_weights) = outcome(one), outcome(other)
+    assert other_metrics == metrics
+    assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it, nothing is saved."""
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something in the forward pass of a step, or in the validation after an epoch."""
+
+    def install(step: int, action, *, validating: bool = False) -> None:
+        name = "validation_step" if validating else "training_step"
+        original = getattr(Classification, name)
+
+        def hooked(self, batch, batch_idx):
+            where = self.current_epoch + 1 if validating else self.trainer.global_step + 1
+            if where == step:
+                monkeypatch.setattr(Classification, name, original)
+                action()
+            return original(self, batch, batch_idx)
+
+        monkeypatch.setattr(Classification, name, hooked)
+
+    return install
+
+
+def kill() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---- what a run leaves
+
+
+def test_a_run_folder_holds_all_that_is_needed_later(finished):
+    assert {path.name for path in finished.iterdir()} >= {
+        "config.yaml", "command.txt", "environment.json", "classes.json", "metrics.csv", "tensorboard",
+        "checkpoints", "model.safetensors", "curves.png", "confusion.png", "mistakes.png",
+    }  # fmt: skip
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert json.loads((finished / "classes.json").read_text()) == ["dark", "light"]
+    assert recipe(finished / "config.yaml").optim.ema == 0.9
+    assert json.loads((finished / "environment.json").read_text())["packages"]["torch"]
+    assert (finished / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    with (finished / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["train_loss"]] == [str(step + 1) for step in range(STEPS)]
+    assert [(row["epoch"], row["step"]) for row in rows if row["val_top1"]] == [("1", "3"), ("2", "6")]
+
+
+def test_the_checkpoint_needs_no_trust(finished):
+    for name in ("best.ckpt", "last.ckpt"):
+        content = torch.load(finished / "checkpoints" / name, weights_only=True)
+        assert content["recipe"]["model"]["name"] == "nat_digits"
+
+
+def test_training_is_quiet_and_leaves_the_random_state_alone(run, capsys):
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    before = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    run("quiet", "optim.epochs=1")
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == before
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 2  # the model and the data, and one line for the epoch
+
+
+def test_the_exported_weights_are_the_averaged_ones_of_the_best_epoch(finished):
+    best = torch.load(finished / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    exported = load_file(finished / "model.safetensors")
+    for key, value in exported.items():
+        assert torch.equal(value, best[f"ema.module.{key}"])
+    assert any(not torch.equal(value, best[f"model.{key}"]) for key, value in exported.items())
+
+
+def test_the_best_checkpoints_are_kept_by_accuracy_then_loss(run, monkeypatch):
+    losses = iter([0.5, 0.3, 0.4, 0.6])
+
+    def judge(self) -> None:
+        self.result = {"val_top1": 0.5, "val_loss": next(losses)}
+        self.top1.reset(), self.val_loss.reset()
+
+    monkeypatch.setattr(Classification, "on_validation_epoch_end", judge)
+    folder = run("ranked", "optim.epochs=4", "trainer.keep_best=2").folder
+    kept = folder / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "best.ckpt",
+        "epoch-0002.ckpt",
+        "epoch-0003.ckpt",
+        "last.ckpt",
+    ]
+    assert kept.joinpath("best.ckpt").samefile(kept / "epoch-0002.ckpt")
+
+
+# ---- going on exactly
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_after_a_kill_at_any_step_the_losses_are_those_of_an_uninterrupted_run(
+    run, finished, at_step, tmp_path, step
+):
+    at_step(step, kill)
+    with pytest.raises(Killed):
+        run("killed")
+    run("killed", resume=tmp_path / "killed")
+    assert_same(finished, tmp_path / "killed")
+
+
+@pytest.mark.parametrize("step", [2, 3, 6])
+def test_sigterm_saves_the_step_it_came_in_and_ends_with_143(run, finished, at_step, tmp_path, step, capsys):
+    at_step(step, terminate)
+    with pytest.raises(SystemExit) as stopped:
+        run("stopped")
+    assert stopped.value.code == 143
+    assert f"stopped by SIGTERM after step {step}, which is saved" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == step
+    run("stopped", resume=tmp_path / "stopped")
+    assert_same(finished, tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_sigterm_in_a_validation_is_followed_by_that_validation(run, finished, at_step, tmp_path, epoch):
+    at_step(epoch, terminate, validating=True)
+    with pytest.raises(SystemExit):
+        run("validating")
+    run("validating", resume=tmp_path / "validating")
+    assert_same(finished, tmp_path / "validating")
+
+
+def test_sigint_saves_and_raises_keyboard_interrupt(run, finished, at_step, tmp_path):
+    at_step(4, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("interrupted")
+    run("interrupted", resume=tmp_path / "interrupted")
+    assert_same(finished, tmp_path / "interrupted")
+
+
+def test_sigint_twice_stops_at_once(run, at_step, tmp_path, capsys):
+    at_step(1, lambda: (interrupt(), interrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run("twice")
+    assert "at once" in capsys.readouterr().err
+    assert not list((tmp_path / "twice" / "checkpoints").glob("*.ckpt"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_gathered_gradients_are_never_cut_in_half(run, at_step, tmp_path):
+    """With three batches and accumulate=2 an epoch has two steps; a signal waits for the step's end."""
+    options = ["optim.accumulate=2", "trainer.val_every=2"]
+    run("whole", *options)
+    at_step(1, terminate)
+    with pytest.raises(SystemExit):
+        run("parts", *options)
+    saved = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (saved["global_step"], saved["position"]) == (1, [0, 2])
+    at_step(3, kill)
+    with pytest.raises(Killed):
+        run("parts", *options, resume=tmp_path / "parts")
+    run("parts", *options, resume=tmp_path / "parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_workers_change_nothing_not_even_after_a_stop(run, finished, at_step, tmp_path):
+    at_step(5, kill)
+    with pytest.raises(Killed):
+        run("workers", "data.workers=2")
+    run("workers", "data.workers=1", resume=tmp_path / "workers")
+    assert_same(finished, tmp_path / "workers")
+
+
+def test_a_finished_run_is_only_evaluated_again(run, tmp_path):
+    first = run("again", "optim.epochs=1")
+    second = run("again", "optim.epochs=1", resume=tmp_path / "again")
+    assert second.metrics == first.metrics
+    assert_same(first.folder, second.folder)
+
+
+def test_a_run_can_be_made_longer(run, tmp_path, capsys):
+    run("longer", "optim.epochs=1", "optim.warmup_epochs=1")
+    run("longer", "optim.epochs=2", resume=tmp_path / "longer")
+    assert "optim.epochs 1 -> 2" in capsys.readouterr().err
+
+
+def test_kill_minus_nine_in_a_real_process(recipe_file, finished, tmp_path):
+    """The process kills itself in the middle of a step, with reader processes; another one goes on."""
+    code = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from zoo.recipes import api
+from zoo.recipes.tasks.classification import Classification
+file, folder = sys.argv[1:]
+made = api.recipe(file, ["data.workers=2"])
+child = os.fork()
+if child == 0:
+    original = Classification.optimizer_step
+    def optimizer_step(self, *arguments, **keywords):
+        if self.trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, *arguments, **keywords)
+    Classification.optimizer_step = optimizer_step
+    api.train(made, run_dir=folder)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+api.train(made, resume=folder)
+"""
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", code, str(recipe_file), str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "resuming" in result.stderr
+    assert_same(finished, folder)
+
+
+# ---- what is refused
+
+
+def test_a_used_folder_is_refused(run, finished):
+    with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
+        run(finished)
+
+
+def test_without_a_folder_each_run_gets_its_own(recipe_file, tmp_path, monkeypatch):
+    from zoo.recipes.run_folder import new_folder
+
+    monkeypatch.chdir(tmp_path)
+    assert new_folder("tiny") == Path("runs/tiny")
+    (tmp_path / "runs/tiny/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/tiny/config.yaml").touch()
+    assert new_folder("tiny") == Path("runs/tiny"), "a run that ended before its first checkpoint"
+    (tmp_path / "runs/tiny/checkpoints/last.ckpt").touch()
+    assert new_folder("tiny") == Path("runs/tiny-2")
+    (tmp_path / "runs/tiny-2").mkdir()
+    (tmp_path / "runs/tiny-2/notes.txt").touch()
+    assert new_folder("tiny") == Path("runs/tiny-3")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.name=nat_mini", "model.name nat_digits -> nat_mini"),
+        ("data.batch_size=4", "data.batch_size 8 -> 4"),
+        ("optim.ema=null", "optim.ema 0.9 -> None"),
+        ("seed=5", "seed 0 -> 5"),
+        ("model.args={kernel_size: 5}", "model.args"),
+    ],
+)
+def test_resuming_as_another_run_names_what_differs(run, finished, override, words):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="is of another run") as refused:
+        run("x", override, resume=finished)
+    assert words in str(refused.value)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_with_other_classes_is_refused(run, finished, image_folder, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    for split in ("train", "val"):
+        (other / split / "dark").rename(other / split / "gloomy")
+    with pytest.raises(ConfigError, match=r"2 classes \(dark, light\).*2 \(gloomy, light\)"):
+        run("x", f"data.root={other}", resume=finished)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "foreign", "no-folder"])
+def test_a_checkpoint_that_cannot_be_resumed_is_named(run, tmp_path, damage):
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    where: Path = file
+    if damage == "cut":
+        torch.save({"recipe": {}, "weights": torch.zeros(1000)}, file)
+        file.write_bytes(file.read_bytes()[:2000])
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, file)
+    elif damage == "no-folder":
+        where = tmp_path / "nowhere"
+    with pytest.raises((ConfigError, IntegrityError)) as refused:
+        run("x", resume=where)
+    assert str(where) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_two_processes_do_not_share_a_folder(run, tmp_path):
+    from zoo.recipes.run_folder import lock
+
+    with lock(tmp_path / "busy"):
+        with pytest.raises(ConfigError, match="in use by another process"):
+            run("busy")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(run, monkeypatch, tmp_path, value):
+    original = classification.F.cross_entropy
+    calls = iter(range(100))
+
+    def broken(*arguments, **keywords):
+        return original(*arguments, **keywords) * (
+            value if next(calls) == 3 + 3 else 1
+        )  # three steps, three validations
+
+    monkeypatch.setattr(classification.F, "cross_entropy", broken)
+    with pytest.raises(ZooError, match=r"step 4 \(epoch 2, batch 1: train/\w+/\d+.png, .* lr ") as stopped:
+        run("nan")
+    assert str(value) in str(stopped.value)
+    for name in ("last", "best"):
+        saved = torch.load(tmp_path / "nan" / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert saved["global_step"] == 3
+        assert all(torch.isfinite(weight).all() for weight in saved["state_dict"].values())
+
+
+def test_weights_that_are_no_numbers_are_never_saved(run, monkeypatch, tmp_path):
+    original = Classification.optimizer_step
+
+    def spoil(self, *arguments, **keywords):
+        original(self, *arguments, **keywords)
+        if self.trainer.global_step == 1:
+            next(self.model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(Classification, "optimizer_step", spoil)
+    with pytest.raises(ZooError, match="step 2, so it was not saved"):
+        run("spoilt")
+    assert not list((tmp_path / "spoilt" / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_missing_folder_leaves_no_run_behind(run, tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        run("nothing", f"data.root={tmp_path}/nowhere")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["trainer.accelerator=tpu", "trainer.strategy=nonesuch", "trainer.devices=many", "model.args={depth: 3}"],
+)
+def test_what_lightning_or_the_model_refuses_is_one_line(run, override):
+    with pytest.raises(ConfigError) as refused:
+        run("x", override)
+    assert "\n" not in str(refused.value)
+
+
+def test_mixing_needs_whole_batches(run):
+    with pytest.raises(ConfigError, match="data.batch_size=64 is more than the 26 training images"):
+        run("x", "data.batch_size=64")
+
+
+def test_a_secret_is_nowhere_in_the_run(run, image_folder, monkeypatch, tmp_path, capfd):
+    canary = tmp_path / "s3cr3t-c4n4ry"
+    canary.symlink_to(image_folder)
+    monkeypatch.setenv("ZOO_TEST_SECRET", str(canary))
+    (image_folder / "train" / "dark" / "note.txt").write_text("counted, and its folder named")
+    try:
+        folder = run("secret", "optim.epochs=1", "data.root=${oc.env:ZOO_TEST_SECRET}").folder
+    finally:
+        (image_folder / "train" / "dark" / "note.txt").unlink()
+    (canary.parent / "gone").mkdir()
+    monkeypatch.setenv("ZOO_TEST_SECRET", str(canary) + "-gone")
+    with pytest.raises(DataError, match=r"no folder \$\{oc.env:ZOO_TEST_SECRET\}"):
+        run("secret-gone", "data.root=${oc.env:ZOO_TEST_SECRET}")
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"s3cr3t-c4n4ry" not in path.read_bytes(), path
+    printed = capfd.readouterr()
+    assert "s3cr3t" not in printed.out + printed.err
+    assert "${oc.env:ZOO_TEST_SECRET}" in (folder / "config.yaml").read_text()
+
+
+# ---- training itself
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_the_learning_rate_is_a_function_of_the_step(kind):
+    optim = Optim(schedule=kind, lr=1.0, epochs=10, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01)
+
+    def rates(order: list[int]) -> dict[int, float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
+        rule = schedule(optimizer, optim, steps_per_epoch=5)
+        found = {}
+        for step in order:
+            rule.step_update(step)
+            found[step] = optimizer.param_groups[0]["lr"]
+        return found
+
+    forward = rates(list(range(55)))
+    assert forward == rates(list(reversed(range(55))))
+    assert forward[0] == pytest.approx(0.1) and forward[5] == pytest.approx(0.55)
+    assert forward[50] == pytest.approx(0.01)
+    middle = {"cosine": 0.505, "linear": 0.505, "constant": 1.0}[kind]
+    assert forward[25] == pytest.approx(middle, abs=0.01)
+
+
+def test_the_cosine_is_timms():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    optim = Optim(lr=1.0, epochs=300, warmup_epochs=20, min_lr=5e-6, warmup_lr=1e-6)
+    rule = schedule(optimizer, optim, steps_per_epoch=2)
+    theirs = CosineLRScheduler(
+        optimizer, 600, lr_min=5e-6, warmup_t=40, warmup_lr_init=1e-6, t_in_epochs=False
+    )
+    for step in (0, 39, 40, 300, 599, 619):
+        assert rule._get_lr(step) == theirs._get_lr(step)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.layer_decay=0.7"],
+        ["optim.ema=null", "augment.mixup=0", "augment.cutmix=0"],
+        ["trainer.precision=bf16-mixed", "trainer.channels_last=true", "model.grad_checkpointing=true"],
+        ["optim.schedule=constant", "optim.warmup_epochs=0", "optim.name=sgd", "optim.lr_base_batch=16"],
+        ["augment.color_jitter=0.4", "augment.auto_augment=null", "data.image_size=40"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_choice_trains(run, overrides):
+    result = run("choice", "optim.epochs=1", "optim.warmup_epochs=1", *overrides)
+    assert np.isfinite(result.metrics["val_loss"])
+
+
+def test_layer_decay_and_no_decay_groups_reach_the_optimiser(recipe_file, monkeypatch):
+    made = recipe(recipe_file, ["optim.layer_decay=0.5", "optim.lr=1.0"])
+    from zoo.recipes.run_folder import build_model
+
+    module = Classification(build_model(made, 2), made, loader=[None] * 3, num_classes=2)
+    module._trainer = type("Trainer", (), {"world_size": 1})()
+    groups = module.configure_optimizers().param_groups
+    assert len({group["lr_scale"] for group in groups}) > 3
+    assert {group["weight_decay"] for group in groups} == {0.0, made.optim.weight_decay}
+    undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    for name, parameter in module.model.named_parameters():
+        assert (id(parameter) in undecayed) == (parameter.ndim <= 1 or "rpb" in name), name
+
+
+def test_the_rate_is_scaled_to_the_batch(recipe_file):
+    made = recipe(recipe_file, ["optim.lr=1.0", "optim.lr_base_batch=32", "optim.accumulate=2"])
+    from zoo.recipes.run_folder import build_model
+
+    module = Classification(build_model(made, 2), made, loader=[None] * 3, num_classes=2)
+    module._trainer = type("Trainer", (), {"world_size": 3})()
+    module.configure_optimizers()
+    assert module.schedule.base_values[0] == pytest.approx(8 * 2 * 3 / 32)
+
+
+def test_bad_images_are_skipped_and_listed_when_asked(run, image_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "some-bad"
+    shutil.copytree(image_folder, folder)
+    (folder / "train" / "dark" / "03.png").write_bytes(b"")
+    (folder / "val" / "light" / "02.png").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"train/dark/03.png cannot be read as an image: the file is empty"):
+        run("strict", f"data.root={folder}")
+    result = run("lenient", f"data.root={folder}", "data.bad_images=skip", "optim.epochs=1")
+    listed = (result.folder / "bad_files.txt").read_text().splitlines()
+    assert [line.split()[0] for line in listed] == ["train/dark/03.png", "val/light/02.png"]
+    assert (result.evaluation.images, result.evaluation.skipped) == (9, 1)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_resume(recipe_file, tmp_path):
+    """Lightning starts the second process; both agree on the folder, and one of them writes."""
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\nfrom zoo.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    options = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "data.batch_size=4"]
+    folder = tmp_path / "pair"
+    for arguments in (
+        ["train", str(recipe_file), *options, "optim.epochs=1"],
+        ["train", *options, "optim.epochs=2", "--resume"],
+    ):
+        command = [sys.executable, "-c", code, *arguments, "--run-dir", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    with (folder / "metrics.csv").open() as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["train_loss"]]
+    assert steps == [str(step + 1) for step in range(STEPS)]
+
+
+def test_train_takes_a_recipe_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="did you mean classification/digits"):
+        train("classification/digit")
+    with pytest.raises(ConfigError, match="no run of digits"):
+        train("classification/digits", resume=True)
+    assert api.train is train

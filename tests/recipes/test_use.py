@@ -1,0 +1,163 @@
+"""What a run left can be evaluated and used, wherever it is, and nothing else passes for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from zoo.errors import ConfigError, DataError, IntegrityError
+from zoo.recipes import api
+from zoo.recipes.run_folder import load_trained
+
+
+@pytest.fixture(params=["folder", "model.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt"])
+def source(request, finished) -> str:
+    return str(finished if request.param == "folder" else finished / request.param)
+
+
+def test_every_form_of_a_run_can_be_evaluated_and_used(source, image_folder):
+    result = api.evaluate(source)
+    assert result.images == 10 and result.classes == ["dark", "light"]
+    assert result.confusion.sum() == 10 and np.trace(result.confusion) == round(10 * result.top1)
+    assert len(result.mistakes) == 10 - np.trace(result.confusion)
+    predictions = api.predict(source, image_folder / "val" / "dark")
+    assert len(predictions) == 5
+    assert sorted(predictions[0].classes) == ["dark", "light"]
+    assert sum(predictions[0].probabilities) == pytest.approx(1, abs=1e-5)
+    assert predictions[0].probabilities[0] >= predictions[0].probabilities[1]
+
+
+def test_evaluation_repeats_what_training_reported(run):
+    result = run("reported", "optim.epochs=1")
+    again = api.evaluate(result.folder)
+    assert (again.top1, again.loss) == (result.metrics["val_top1"], result.metrics["val_loss"])
+    assert again.confusion.tolist() == result.evaluation.confusion.tolist()
+
+
+def test_a_model_file_works_away_from_its_run(finished, image_folder, tmp_path):
+    shutil.copy(finished / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    trained = load_trained(tmp_path / "elsewhere.safetensors")
+    assert (trained.name, trained.classes) == ("nat_digits", ["dark", "light"])
+    assert trained.settings.size == (3, 32, 32)
+    assert api.evaluate(trained, image_folder).images == 10
+    assert api.evaluate(trained, image_folder / "train").images == 26
+
+
+def test_a_file_from_a_machine_with_other_variables_is_usable(run, image_folder, monkeypatch):
+    monkeypatch.setenv("ZOO_TEST_DATA", str(image_folder))
+    folder = run("moved", "optim.epochs=1", "data.root=${oc.env:ZOO_TEST_DATA}").folder
+    monkeypatch.delenv("ZOO_TEST_DATA")
+    assert len(api.predict(folder, image_folder / "val" / "dark" / "00.png")) == 1
+    with pytest.raises(ConfigError, match="data.root"):
+        api.evaluate(folder)
+    assert api.evaluate(folder, overrides=[f"data.root={image_folder}"]).images == 10
+
+
+def test_a_model_of_fewer_classes_does_not_judge_unknown_ones(finished, image_folder, tmp_path):
+    shutil.copytree(image_folder / "val", tmp_path / "val")
+    (tmp_path / "val" / "dark").rename(tmp_path / "val" / "gloomy")
+    with pytest.raises(DataError, match="does not know: gloomy"):
+        api.evaluate(finished, tmp_path)
+    shutil.rmtree(tmp_path / "val" / "gloomy")
+    some = api.evaluate(finished, tmp_path)
+    assert some.images == 5 and some.confusion[0].sum() == 0
+
+
+def test_predictions_come_in_the_order_of_the_images_and_in_batches(finished, image_folder):
+    files = sorted((image_folder / "val").rglob("*.png"))
+    together = api.predict(finished, files)
+    assert [prediction.file for prediction in together] == [str(file) for file in files]
+    for file, one in zip(files, together, strict=True):
+        alone = api.predict(finished, file)[0]
+        assert alone.classes == one.classes
+        assert alone.probabilities == pytest.approx(one.probabilities, abs=1e-5)
+    assert [p.probabilities for p in api.predict(finished, files, batch_size=3, top_k=1)] == [
+        pytest.approx(p.probabilities[:1], abs=1e-5) for p in together
+    ]
+
+
+def test_an_image_in_memory_is_predicted_like_its_file(finished, image_folder):
+    file = image_folder / "val" / "light" / "01.png"
+    with Image.open(file) as image:
+        assert api.predict(finished, image)[0].probabilities == api.predict(finished, file)[0].probabilities
+
+
+def test_a_bad_image_raises_or_is_reported(finished, image_folder, tmp_path):
+    good, bad = image_folder / "val" / "dark" / "00.png", tmp_path / "bad.png"
+    bad.write_bytes(b"no")
+    with pytest.raises(DataError, match="bad.png"):
+        api.predict(finished, [good, bad])
+    results = api.predict(finished, [bad, good, tmp_path / "missing.png"], bad_images="skip")
+    assert [result.error is None for result in results] == [False, True, False]
+    assert "no such file" in results[2].error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_k", 0), ("batch_size", 0), ("bad_images", "ignore"), ("device", "abacus")]
+)
+def test_wrong_arguments_are_named(finished, image_folder, name, value):
+    with pytest.raises(ConfigError, match=name):
+        api.predict(finished, image_folder / "val", **{name: value})
+
+
+def test_no_images_are_an_error(finished):
+    with pytest.raises(DataError, match="no images given"):
+        api.predict(finished, [])
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nat_digit", "did you mean nat_digits"),
+        ("runs/nowhere", "no run folder or file"),
+        ("missing.ckpt", "no run folder or file"),
+        (".", "holds no trained model"),
+        ("notes.txt", "neither a run folder nor"),
+    ],
+)
+def test_what_is_no_source_is_named(tmp_path, monkeypatch, source, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=words):
+        load_trained(source)
+
+
+def changed(finished, tmp_path, **facts: str | None):
+    from safetensors import safe_open
+
+    with safe_open(finished / "model.safetensors", framework="pt") as file:
+        metadata = {key: value for key, value in (file.metadata() | facts).items() if value is not None}
+    save_file(load_file(finished / "model.safetensors"), tmp_path / "changed.safetensors", metadata=metadata)
+    return tmp_path / "changed.safetensors"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"recipe": None},
+        {"classes": "[1"},
+        {"input": "{}"},
+        {"recipe": "4"},
+        {"recipe": "model: {_target_: os.system}"},
+        {"recipe": "model: {name: nonesuch}\ndata: {name: digits}"},
+        {"recipe": "model: {name: nat_mini}\ndata: {name: digits}"},
+        {"classes": json.dumps(["a", "b", "c"])},
+    ],
+    ids=lambda facts: str(facts)[:40],
+)
+def test_a_file_whose_facts_do_not_fit_is_refused(finished, tmp_path, facts):
+    with pytest.raises((ConfigError, IntegrityError)) as refused:
+        load_trained(changed(finished, tmp_path, **facts))
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_without_facts_are_no_trained_model(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "bare.safetensors")
+    with pytest.raises(IntegrityError, match="does not say which model it is"):
+        load_trained(tmp_path / "bare.safetensors")
