@@ -4,6 +4,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 zoo_setup recipes
 
+# Maps of 8 x 8 tokens are too small to share between threads; waiting for each other costs more than it saves.
+export OMP_NUM_THREADS=1
+
 run="runs/digits-demo"
 if [ -e "$run" ]; then run="$run-$(date +%Y%m%d-%H%M%S)"; fi
 

@@ -29,7 +29,7 @@ zoo_setup() {
   wanted="$(cksum <pyproject.toml) $PWD"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "== installing attnzoo[$extras] (a few minutes the first time)"
-    python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]" ||
+    python -m pip install -qq --disable-pip-version-check --editable ".[$extras]" ||
       stop "installation failed: pip's message is above; check the network and the free disk space (8 GB needed)"
     echo "$wanted" >"$stamp"
   else
