@@ -304,3 +304,61 @@ def test_a_recipe_survives_being_saved(tmp_path):
     made = recipe("classification/digits")
     again = recipe(write(tmp_path, made.yaml()))
     assert again.plain() == made.plain()
+
+
+PUBLISHED = {  # top-1, drop path, epochs, weight decay, start
+    "nat_mini": (81.8, 0.2, 300, 0.05, None),
+    "nat_tiny": (83.2, 0.2, 300, 0.05, None),
+    "nat_small": (83.7, 0.3, 300, 0.05, None),
+    "nat_base": (84.3, 0.5, 300, 0.05, None),
+    "dinat_mini": (81.8, 0.2, 300, 0.05, None),
+    "dinat_tiny": (82.7, 0.2, 300, 0.05, None),
+    "dinat_small": (83.8, 0.3, 300, 0.05, None),
+    "dinat_base": (84.4, 0.5, 300, 0.05, None),
+    "dinat_large": (86.6, 0.35, 30, 1e-4, "dinat_large_21k"),
+    "dinat_large_384": (87.4, 0.35, 30, 1e-10, "dinat_large_21k"),
+    "dinat_large_384_11x11": (87.5, 0.35, 30, 1e-10, "dinat_large_21k_11x11"),
+    "dinat_s_tiny": (81.8, 0.2, 300, 0.05, None),
+    "dinat_s_small": (83.5, 0.3, 300, 0.05, None),
+    "dinat_s_base": (83.8, 0.5, 300, 0.05, None),
+    "dinat_s_large": (86.5, 0.35, 30, 1e-4, "dinat_s_large_21k"),
+    "dinat_s_large_384": (87.4, 0.35, 30, 1e-5, "dinat_s_large_21k"),
+    "nat_isotropic_small": (80.0, 0.1, 300, 0.05, None),
+    "dinat_isotropic_small": (80.8, 0.1, 300, 0.05, None),
+    "vitrpb_small": (81.2, 0.1, 300, 0.05, None),
+    "nat_isotropic_base": (81.6, 0.4, 300, 0.05, None),
+    "dinat_isotropic_base": (82.1, 0.4, 300, 0.05, None),
+    "vitrpb_base": (82.5, 0.4, 300, 0.05, None),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_settings(model):
+    top1, drop_path, epochs, weight_decay, start = PUBLISHED[model]
+    made = recipe(f"classification/{model}")
+    optim, augment = made.optim, made.augment
+    assert made.model.name == model
+    assert f"published top-1 {top1} %" in head_comment(find_recipe(f"classification/{model}"))
+    assert (made.model.drop_path_rate, optim.epochs, optim.weight_decay) == (drop_path, epochs, weight_decay)
+    assert made.model.checkpoint == start
+    assert (optim.name, optim.betas, optim.clip_grad) == ("adamw", [0.9, 0.999], 5.0)
+    assert (augment.auto_augment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert augment.label_smoothing == 0.1
+    if start is None:
+        slow = model in ("nat_isotropic_base", "dinat_isotropic_base", "vitrpb_base")
+        assert (optim.lr, optim.lr_base_batch, optim.schedule) == (1e-3, 1024, "cosine")
+        assert (optim.warmup_epochs, optim.cooldown_epochs) == (50 if slow else 20, 10)
+        assert (optim.warmup_lr, optim.min_lr, optim.ema) == (1e-6, 5e-6, 0.9998 if slow else None)
+        assert (augment.mixup, augment.cutmix, augment.color_jitter) == (0.8, 1.0, 0.4)
+    else:
+        assert (optim.lr, optim.lr_base_batch, optim.schedule) == (5e-5, 512, "linear")
+        assert (optim.warmup_epochs, optim.cooldown_epochs, made.trainer.precision) == (0, 0, "32-true")
+        assert (augment.mixup, augment.cutmix) == (0.0, 0.0)
+        assert made.data.crop_pct == (1.0 if "384" in model else 0.875)
+
+
+def test_every_imagenet_model_has_its_recipe():
+    from zoo import list_models
+
+    own = {name for name in list_models() if not name.endswith(("_digits", "_21k", "_21k_11x11"))}
+    assert own <= {name.rpartition("/")[2] for name in recipe_names()}
