@@ -64,21 +64,24 @@ def explain_neighborhood(
     for axis, name in zip(axes[1:], chosen, strict=True):
         record = records[name]
         rows, columns = record.grid
-        y, x = (min(int(f * side), side - 1) for f, side in zip(query, (rows, columns), strict=True))
+        y, x = (min(int(f * side), side - 1) for f, side in zip(query, record.image, strict=True))
         weights = record.weights[0, y, x].float().mean(dim=0).cpu().numpy()
         keys = record.keys[y * columns + x].cpu().numpy()
         heat = np.zeros(rows * columns)
         heat[keys[keys >= 0]] = weights[keys >= 0]
-        cell = (width / columns, height / rows)
-        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-        axis.imshow(picture, extent=extent)
+        cell = (width / record.image[1], height / record.image[0])
+        axis.imshow(picture)
+        # A padded grid reaches beyond the image at the bottom and right.
+        extent = (-0.5, columns * cell[0] - 0.5, rows * cell[1] - 0.5, -0.5)
         axis.imshow(heat.reshape(rows, columns), extent=extent, cmap="magma", alpha=0.65)
+        axis.set_xlim(-0.5, max(width, columns * cell[0]) - 0.5)
+        axis.set_ylim(max(height, rows * cell[1]) - 0.5, -0.5)
         for key in keys[keys >= 0]:
             corner = (key % columns * cell[0] - 0.5, key // columns * cell[1] - 0.5)
             axis.add_patch(Rectangle(corner, *cell, fill=False, edgecolor="white", linewidth=0.6))
         corner = (x * cell[0] - 0.5, y * cell[1] - 0.5)
         axis.add_patch(Rectangle(corner, *cell, fill=False, edgecolor="red", linewidth=1.6))
-        axis.set_title(f"{name}\n{rows} x {columns} tokens", fontsize=7)
+        axis.set_title(f"{name}\n{record.image[0]} x {record.image[1]} tokens", fontsize=7)
     for axis in axes:
         axis.set_axis_off()
     return figure

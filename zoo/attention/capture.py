@@ -17,6 +17,7 @@ class AttentionRecord:
     weights: Tensor
     axes: tuple[str, ...]  # one word for every axis of `weights`
     grid: tuple[int, ...]  # the token grid the queries lie on, padding included
+    image: tuple[int, ...]  # the part of the grid that is the image, from its first corner
     keys: Tensor | None = None  # [queries, slots] flat token of every key on that grid, -1: none
 
 

@@ -96,7 +96,8 @@ class NeighborhoodAttention(nn.Module):
             )
             logits = logits + self.rpb[:, y, x_].permute(1, 0, 2)
         weights = logits.float().softmax(-1).unflatten(1, grid)
-        return AttentionRecord(weights, ("batch", "row", "column", "head", "key"), grid, keys)
+        axes = ("batch", "row", "column", "head", "key")
+        return AttentionRecord(weights, axes, grid, tuple(x.shape[1:3]), keys)
 
     def attention_macs(self, shape: torch.Size) -> int:
         """Multiply-adds of the two products for an input of this shape, [B, Y, X, C]."""

@@ -48,3 +48,14 @@ def test_wrong_arguments_say_what_is_right(model):
         analysis.explain_neighborhood(model, torch.randn(2, 3, 32, 32))
     with pytest.raises(zoo.ConfigError, match="ResNet has no neighborhood attention"):
         analysis.explain_neighborhood(timm.create_model("resnet18").eval(), torch.randn(3, 64, 64))
+
+
+def test_padding_is_drawn_beyond_the_image(model):
+    """The last map of 2 x 2 tokens is padded to the window's 3 x 3; the query stays on the image."""
+    figure = analysis.explain_neighborhood(
+        model, torch.randn(3, 32, 32), query=(1.0, 1.0), blocks=("levels.2.blocks.0.attn",)
+    )
+    axis = figure.axes[1]
+    assert "2 x 2 tokens" in axis.get_title()
+    assert axis.patches[-1].get_xy() == (15.5, 15.5)
+    assert axis.get_xlim() == (-0.5, 47.5)
