@@ -20,6 +20,8 @@ from zoo.recipes.data.loader import BadImage, BadImages, EpochLoader, Images
 from zoo.recipes.data.transforms import eval_transform
 from zoo.recipes.run_folder import Trained, choose_device, load_trained
 
+MAX_CONFUSION = 5000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -31,7 +33,7 @@ class Evaluation:
     top5: float | None  # None where there are at most five classes
     loss: float
     classes: list[str]
-    confusion: np.ndarray = field(repr=False)
+    confusion: np.ndarray | None = field(repr=False)  # None for more than MAX_CONFUSION classes
     mistakes: list[tuple[str, str, str, float]] = field(
         repr=False
     )  # image, true, predicted, confidence; worst first
@@ -63,14 +65,7 @@ def evaluate(
     else:
         images = load_halves(made)[1]
     if images.classes != trained.classes:
-        unknown = [name for name in images.classes if name not in trained.classes]
-        if unknown:
-            raise DataError(
-                f"the data has classes that {trained.source} does not know: {', '.join(unknown[:5])}"
-                f"{', ...' if len(unknown) > 5 else ''}; it knows {', '.join(trained.classes[:5])}"
-                f"{', ...' if len(trained.classes) > 5 else ''}"
-            )
-        images = _Renumbered(images, trained.classes)
+        images = _Renumbered(images, _numbers(images.classes, trained))
     on_bad = BadImages(made.data.max_bad) if made.data.bad_images == "skip" else None
     return measure(trained, images, made, device=device, on_bad=on_bad)
 
@@ -86,13 +81,26 @@ def _evaluation_recipe(trained: Trained, overrides: Sequence[str]) -> Recipe:
     return made
 
 
-class _Renumbered:
-    """The images of a data set with some of a model's classes, labelled as the model counts."""
+def _numbers(classes: Sequence[str], trained: Trained) -> list[int]:
+    """Return the model's number of each class, by its name or by what data sets call its folder."""
+    for names in (trained.classes, trained.folders):
+        numbers = {name: number for number, name in enumerate(names)}
+        if all(name in numbers for name in classes):
+            return [numbers[name] for name in classes]
+    unknown = [name for name in classes if name not in trained.classes]
+    raise DataError(
+        f"the data has classes that {trained.source} does not know: {', '.join(unknown[:5])}"
+        f"{', ...' if len(unknown) > 5 else ''}; it knows {', '.join(trained.classes[:5])}"
+        f"{', ...' if len(trained.classes) > 5 else ''}"
+    )
 
-    def __init__(self, images: Images, classes: list[str]) -> None:
-        self.images, self.classes, self.notes = images, classes, images.notes
-        number = {name: index for index, name in enumerate(classes)}
-        self.labels = [number[images.classes[label]] for label in images.labels]
+
+class _Renumbered:
+    """The images of a data set, labelled as a model counts."""
+
+    def __init__(self, images: Images, numbers: list[int]) -> None:
+        self.images, self.classes, self.notes = images, images.classes, images.notes
+        self.labels = [numbers[label] for label in images.labels]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -135,28 +143,39 @@ def measure(
         workers=data.workers,
         on_bad=skip if on_bad is not None else None,
     )
+    losses, best, labels, sure = [], [], [], []
     try:
-        outputs = [(model(batch.to(where)).float().cpu(), labels) for batch, labels in loader]
+        for batch, truth in loader:
+            logits = model(batch.to(where)).float().cpu()
+            losses.append(F.cross_entropy(logits, truth, reduction="none"))
+            best.append(logits.topk(min(5, count)).indices)
+            sure.append(logits.softmax(1).amax(1))
+            labels.append(truth)
     finally:
         loader.close()
-    logits = torch.cat([logits for logits, _ in outputs])
-    labels = torch.cat([labels for _, labels in outputs])
+    loss, top, truth, certainty = map(torch.cat, (losses, best, labels, sure))
+    guesses = top[:, 0]
     order = [index for index in range(len(images)) if index not in skipped]
-    best = logits.topk(min(5, count)).indices
-    guesses = best[:, 0]
-    sure = logits.softmax(1).amax(1)
-    wrong = (guesses != labels).nonzero()[:, 0].tolist()
-    wrong.sort(key=lambda each: -sure[each].item())
+    wrong = (guesses != truth).nonzero()[:, 0].tolist()
+    wrong.sort(key=lambda i: -certainty[i].item())
+    confusion = None
+    if count <= MAX_CONFUSION:
+        confusion = np.bincount(truth * count + guesses, minlength=count**2).reshape(count, count)
     return Evaluation(
         source=str(trained.source),
-        images=len(labels),
-        top1=(guesses == labels).double().mean().item(),
-        top5=(best == labels[:, None]).any(1).double().mean().item() if count > 5 else None,
-        loss=F.cross_entropy(logits, labels).item(),
+        images=len(truth),
+        top1=(guesses == truth).double().mean().item(),
+        top5=(top == truth[:, None]).any(1).double().mean().item() if count > 5 else None,
+        loss=loss.double().mean().item(),
         classes=trained.classes,
-        confusion=np.bincount(labels * count + guesses, minlength=count**2).reshape(count, count),
+        confusion=confusion,
         mistakes=[
-            (images.short(order[i]), trained.classes[labels[i]], trained.classes[guesses[i]], sure[i].item())
+            (
+                images.short(order[i]),
+                trained.classes[truth[i]],
+                trained.classes[guesses[i]],
+                certainty[i].item(),
+            )
             for i in wrong
         ],
         skipped=len(skipped),

@@ -18,7 +18,7 @@ import os
 import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -181,7 +181,10 @@ def _version(package: str) -> str | None:
 
 @dataclass(kw_only=True)
 class Trained:
-    """A network with what is needed to use it: class names, input settings, and where it comes from."""
+    """A network with what is needed to use it: class names, input settings, and where it comes from.
+
+    `folders` are other names of the classes, by which data sets call their folders.
+    """
 
     model: nn.Module
     name: str
@@ -189,7 +192,7 @@ class Trained:
     settings: InputSettings
     recipe: Recipe | None
     source: str
-    facts: dict[str, str]
+    folders: list[str] = field(default_factory=list)
 
 
 def build_model(made: Recipe, num_classes: int) -> nn.Module:
@@ -290,7 +293,7 @@ def _from_safetensors(path: Path, source: str) -> Trained:
             f"{path} does not say which model it is ({type(error).__name__}: {error}); "
             f"only a {MODEL} from a run folder can be used by itself"
         ) from None
-    return _assemble(made, classes, settings, state, source, facts)
+    return _assemble(made, classes, settings, state, source)
 
 
 def _rebuild(raw: dict[str, Any]) -> Recipe:
@@ -306,7 +309,7 @@ def _from_checkpoint(path: Path, source: str) -> Trained:
     content = load_checkpoint(path)
     made = _rebuild(content["recipe"])
     settings = InputSettings.from_plain(content["input"])
-    return _assemble(made, content["classes"], settings, result_weights(content), source, {})
+    return _assemble(made, content["classes"], settings, result_weights(content), source)
 
 
 def _assemble(
@@ -315,7 +318,6 @@ def _assemble(
     settings: InputSettings,
     state: dict[str, torch.Tensor],
     source: str,
-    facts: dict[str, str],
 ) -> Trained:
     check(made)
     made.model.pretrained, made.model.checkpoint = False, None
@@ -334,7 +336,6 @@ def _assemble(
         settings=settings,
         recipe=made,
         source=source,
-        facts=facts,
     )
 
 
@@ -347,16 +348,15 @@ def _from_name(name: str) -> Trained:
             f"{name!r} is neither a run folder nor a model with weights{near or '; see `zoo list`'}"
         )
     model = create_model(name, pretrained=True).eval()
-    settings = InputSettings.of(model)
-    classes = _class_names(name, model.num_classes)
+    classes, folders = _class_names(name, model.num_classes)
     return Trained(
         model=model,
         name=name,
         classes=classes,
-        settings=settings,
+        settings=InputSettings.of(model),
         recipe=_recipe_of(name),
         source=name,
-        facts={},
+        folders=folders,
     )
 
 
@@ -368,18 +368,18 @@ def _recipe_of(name: str) -> Recipe | None:
     return None
 
 
-def _class_names(name: str, count: int) -> list[str]:
+def _class_names(name: str, count: int) -> tuple[list[str], list[str]]:
     made = _recipe_of(name)
     if made is not None and made.data.name == "digits":
         from zoo.recipes.data.digits import CLASSES
 
-        return CLASSES
+        return CLASSES, []
     if count == 1000:
         from timm.data import ImageNetInfo
 
         info = ImageNetInfo()
-        return [info.index_to_description(index) for index in range(count)]
-    return [str(index) for index in range(count)]
+        return [info.index_to_description(i).partition(",")[0] for i in range(count)], info.label_names()
+    return [str(index) for index in range(count)], []
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -213,7 +213,8 @@ def _finish(
     trained = load_trained(model_file)
     result = measure(trained, val_images, made, on_bad=bad_images)
     pictures.curves(folder / "metrics.csv", folder / "curves.png")
-    pictures.confusion(result.confusion, result.classes, folder / "confusion.png")
+    if result.confusion is not None:
+        pictures.confusion(result.confusion, result.classes, folder / "confusion.png")
     wrong = result.mistakes[:24]
     names = {val_images.short(index): index for index in range(len(val_images))}
     pictures.mistakes(

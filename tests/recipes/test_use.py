@@ -161,3 +161,19 @@ def test_weights_without_facts_are_no_trained_model(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "bare.safetensors")
     with pytest.raises(IntegrityError, match="does not say which model it is"):
         load_trained(tmp_path / "bare.safetensors")
+
+
+def test_imagenet_folders_are_known_by_their_synsets(finished, tmp_path):
+    """Published models name their classes in words; the data set names its folders n01440764 and the like."""
+    import dataclasses
+
+    from zoo.recipes.run_folder import _class_names
+
+    classes, folders = _class_names("nat_mini", 1000)
+    assert (classes[1], folders[1]) == ("goldfish", "n01443537")
+    trained = dataclasses.replace(load_trained(finished), classes=["fish", "goldfish"], folders=folders[:2])
+    for name, level in (("n01443537", 200), ("n01440764", 40)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / name / "1.png")
+    result = api.evaluate(trained, tmp_path)
+    assert result.classes == ["fish", "goldfish"] and result.confusion.sum(axis=1).tolist() == [1, 1]

@@ -121,7 +121,7 @@ def evaluate(
         "top5": result.top5,
         "loss": result.loss,
         "classes": result.classes,
-        "confusion": result.confusion.tolist(),
+        "confusion": result.confusion.tolist() if result.confusion is not None else None,
         "mistakes": [
             dict(zip(("image", "true", "predicted", "probability"), mistake, strict=True))
             for mistake in result.mistakes
