@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.neighborhood.geometry import Axis, keys_of, outer
+from zoo.kernels.neighborhood.geometry import Axis, as_tensors, keys_of, outer
 
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
 COPIED_TOKEN = 32.0  # cost of copying one token into a tile, in query-key products
@@ -93,12 +93,10 @@ def _tile_sizes(axes: tuple[Axis, ...]) -> tuple[int, ...] | None:
 
 
 class Plan(NamedTuple):
-    """The tiles of a grid: M tiles of t queries and h keys in P patterns; tokens are flat indices.
+    """The tiles of a grid, M of t queries and h keys in P patterns: first as arrays, then as tensors."""
 
-    First made of arrays, then of tensors.
-    """
-
-    queries: Tensor  # [M * t]; empty where it would list all tokens in order
+    tiles: int  # M
+    queries: Tensor  # [M * t] flat tokens; empty where it would list all tokens in order
     keys: Tensor  # [M * h]; likewise
     place: Tensor  # [N] where each token stands in `queries`; likewise
     pattern: Tensor  # [M]
@@ -125,22 +123,23 @@ def _plan(axes: tuple[Axis, ...]) -> Plan:
     place = np.empty_like(in_order)
     place[queries] = np.arange(queries.size)
     queries, keys, place = (x[:0] if np.array_equal(x, in_order) else x for x in (queries, keys, place))
-    return Plan(queries, keys, place, pattern, seen, relative)
+    return Plan(pattern.size, queries, keys, place, pattern, seen, relative)
 
 
 # A tracer keeps the plan as constants of its graph.
 @torch.compiler.assume_constant_result
-def _plan_tensors(axes: tuple[Axis, ...]) -> list[Tensor]:
-    return [torch.from_numpy(array) for array in _plan(axes)]
+def _plan_tensors(axes: tuple[Axis, ...]) -> list[int | Tensor]:
+    tiles, *arrays = _plan(axes)
+    return [tiles, *as_tensors(arrays)]
 
 
 def describe(axes: tuple[Axis, ...]) -> str:
     """How a grid would be computed, in words."""
     plan = _plan(axes)
     _, queries, keys = plan.seen.shape
-    if len(plan.pattern) == 1:
+    if plan.tiles == 1:
         return "one dense attention with a mask"
-    return f"{len(plan.pattern)} tiles of {queries} queries and {keys} keys"
+    return f"{plan.tiles} tiles of {queries} queries and {keys} keys"
 
 
 def neighborhood_attention(
@@ -196,7 +195,7 @@ def _attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     plan = Plan(*_plan_tensors(axes))
-    tiles, grid, shared = plan.pattern.shape[0], q.shape[1:-2], q.shape[-2] // k.shape[-2]
+    tiles, grid, shared = plan.tiles, q.shape[1:-2], q.shape[-2] // k.shape[-2]
     bias = _bias(plan, rpb, torch.promote_types(q.dtype, torch.float32))
     q, k, v = (x.flatten(1, -3) for x in (q, k, v))  # [B, N, H, D]
     keys = plan.keys
@@ -229,17 +228,17 @@ def _bias(plan: Plan, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
         bias = torch.zeros(1, dtype=dtype)
     else:
         bias = rpb.flatten(1).to(dtype).index_select(1, plan.relative.flatten())
-        bias = bias.unflatten(1, plan.seen.shape)
-    bias = torch.where(plan.seen, bias, float("-inf")).reshape(-1, *plan.seen.shape)  # [H or 1, P, t, h]
+        bias = bias.unflatten(1, plan.seen.size())
+    bias = torch.where(plan.seen, bias, float("-inf")).reshape(-1, *plan.seen.size())  # [H or 1, P, t, h]
     bias = bias.transpose(0, 1)
-    return bias if plan.pattern.shape[0] == 1 else bias.index_select(0, plan.pattern)
+    return bias if plan.tiles == 1 else bias.index_select(0, plan.pattern)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Tensor, bias: Tensor, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all tiles of some images: [B, N, H, D] in, [B, N, H, D] and [B, N, H] out."""
-    batch, tiles = q.shape[0], plan.pattern.shape[0]
+    batch, tiles = q.shape[0], plan.tiles
     q, k, v = _cut(q, plan.queries, tiles), _cut(k, keys, tiles), _cut(v, keys, tiles)  # [B * M, H, t, D]
     bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
     if not (return_lse or bias.requires_grad or v.shape[-1] != k.shape[-1]):

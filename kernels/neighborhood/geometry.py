@@ -5,6 +5,7 @@ What is cached is numpy: a cached tensor would belong to whoever asked first, a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -65,14 +66,24 @@ def _keys(axes: tuple[Axis, ...]) -> tuple[np.ndarray, np.ndarray]:
     return np.where(visible, index, np.arange(len(index))[:, None]), visible
 
 
+def as_tensors(arrays: Iterable[np.ndarray]) -> list[Tensor]:
+    """Wrap cached arrays, sharing their memory: read only. For functions that a tracer takes as constant."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    for tensor in tensors:
+        # What torch._dynamo.mark_static sets, which does nothing here because a tracer is at work: without it
+        # compiling with dynamic=True makes symbols of the sizes of constants.
+        tensor._dynamo_static_indices = set(range(tensor.ndim))
+    return tensors
+
+
 # A tracer keeps the tables as constants of its graph.
 @torch.compiler.assume_constant_result
 def _key_tensors(axes: tuple[Axis, ...]) -> list[Tensor]:
-    return [torch.from_numpy(array) for array in _keys(axes)]
+    return as_tensors(_keys(axes))
 
 
 def keys_of(axes: tuple[Axis, ...]) -> Keys:
-    """Return the keys of every query, on the CPU. Read only: the memory is shared between calls."""
+    """Return the keys of every query, on the CPU, to be read only."""
     return Keys(*_key_tensors(axes))
 
 
