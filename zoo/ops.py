@@ -5,7 +5,8 @@ from __future__ import annotations
 from zoo.errors import did_you_mean
 from zoo.kernels.dispatch import Availability, Explanation, backends, current_backend, use_backend
 from zoo.kernels.neighborhood import op as _neighborhood
-from zoo.kernels.neighborhood.op import na1d, na2d, na3d, neighborhood_attention, neighborhood_indices
+from zoo.kernels.neighborhood.natten import na1d, na2d, na3d
+from zoo.kernels.neighborhood.op import neighborhood_attention, neighborhood_indices
 
 _EXPLAIN = {"neighborhood_attention": _neighborhood.explain}
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from zoo.errors import did_you_mean
 from zoo.kernels import dispatch
 from zoo.kernels.neighborhood import cpu, reference
 from zoo.kernels.neighborhood.geometry import Axis, keys_of
 
 OP = "neighborhood_attention"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 T = TypeVar("T", int, bool)
 PerAxis = T | Sequence[T]
@@ -71,7 +71,10 @@ def neighborhood_attention(
         exceed its length); RuntimeError when a named backend cannot run the call.
     Source: Hassani et al. 2023 (arXiv:2204.07143) Sec. 3; dilation arXiv:2209.15001; stride arXiv:2504.16922.
     """
-    call = _check(q, k, v, kernel_size, dilation, stride, is_causal, scale, rpb, extra_k, extra_v, return_lse)
+    call = _check(
+        q, k, v, kernel_size, dilation=dilation, stride=stride, is_causal=is_causal, scale=scale, rpb=rpb,
+        extra_k=extra_k, extra_v=extra_v, return_lse=return_lse,
+    )  # fmt: skip
     chosen, _ = dispatch.resolve(OP, backend, call)
     # The call's dtypes are settled; autocast must not change them inside.
     with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
@@ -97,85 +100,16 @@ def neighborhood_indices(
     return index.masked_fill(~visible, -1)
 
 
-def explain(*args: object, backend: str = "auto", **kwargs: object) -> dispatch.Explanation:
-    """Say which backend `neighborhood_attention` with these arguments would use, and why."""
-    call = _check(*_bind(*args, **kwargs))
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: PerAxis[int], *, backend: str = "auto", **options: Any
+) -> dispatch.Explanation:
+    """Say which backend `neighborhood_attention` with these arguments would use, how, and why."""
+    call = _check(q, k, v, kernel_size, **options)
     chosen, reason = dispatch.resolve(OP, backend, call)
     return dispatch.Explanation(OP, chosen.name, chosen.configuration(call), reason)
 
 
-# natten's functions of the same names -----------------------------------------------------------------------
-
-_NATTEN_BACKENDS = {"cutlass-fna", "hopper-fna", "blackwell-fna", "flex-fna", "reference-fna"}
-_NATTEN_TUNING = {
-    "attention_kwargs",
-    "q_tile_shape",
-    "kv_tile_shape",
-    "backward_q_tile_shape",
-    "backward_kv_tile_shape",
-    "backward_kv_splits",
-    "backward_use_pt_reduction",
-    "run_persistent_kernel",
-    "kernel_schedule",
-    "torch_compile",
-}
-
-
-def _natten(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    def function(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kernel_size: PerAxis[int],
-        stride: PerAxis[int] = 1,
-        dilation: PerAxis[int] = 1,
-        is_causal: PerAxis[bool] | None = False,
-        scale: float | None = None,
-        additional_keys: Tensor | None = None,
-        additional_values: Tensor | None = None,
-        *,
-        backend: str | None = None,
-        return_lse: bool = False,
-        **tuning: object,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if query.ndim != rank + 3:
-            raise ValueError(f"na{rank}d wants query [B, {rank} grid axes, H, D], found {tuple(query.shape)}")
-        if unknown := sorted(set(tuning) - _NATTEN_TUNING):
-            near = did_you_mean(unknown[0], _NATTEN_TUNING)
-            raise TypeError(f"na{rank}d got an unexpected keyword argument {unknown[0]!r}{near}")
-        return neighborhood_attention(
-            query,
-            key,
-            value,
-            kernel_size,
-            dilation=dilation,
-            stride=stride,
-            is_causal=is_causal or False,
-            scale=scale or None,
-            extra_k=additional_keys,
-            extra_v=additional_values,
-            return_lse=return_lse,
-            backend="auto" if backend is None or backend in _NATTEN_BACKENDS else backend,
-        )
-
-    function.__name__ = function.__qualname__ = f"na{rank}d"
-    function.__doc__ = f"""Attend in {rank}-D neighborhoods; the signature is that of natten's na{rank}d.
-
-    Shapes: query, key, value [B, {rank} grid axes, H, D]; additional_keys and additional_values [B, n, H, D].
-    natten's own backend names mean `auto`; arguments that only tune its kernels (tile shapes, splits,
-    schedules, torch_compile, attention_kwargs) are accepted and change nothing.
-    Raises: as `neighborhood_attention`.
-    """
-    return function
-
-
-na1d, na2d, na3d = _natten(1), _natten(2), _natten(3)
-
-
-# The contract -----------------------------------------------------------------------------------------------
-
-
-def _bind(
+def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -189,23 +123,6 @@ def _bind(
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
     return_lse: bool = False,
-) -> tuple:
-    return q, k, v, kernel_size, dilation, stride, is_causal, scale, rpb, extra_k, extra_v, return_lse
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel_size: PerAxis[int],
-    dilation: PerAxis[int],
-    stride: PerAxis[int],
-    is_causal: PerAxis[bool],
-    scale: float | None,
-    rpb: Tensor | None,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    return_lse: bool,
 ) -> Call:
     if not 4 <= q.ndim <= 6:
         raise ValueError(f"q must be [B, one to three grid axes, H, D], found shape {tuple(q.shape)}")
@@ -216,6 +133,8 @@ def _check(
         raise ValueError(
             f"v must have k's batch, grid and heads {tuple(k.shape[:-1])}, found {tuple(v.shape)}"
         )
+    if width == 0:
+        raise ValueError(f"q must have at least one channel per head, found shape {tuple(q.shape)}")
     kv_heads = k.shape[-2]
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(
@@ -240,30 +159,24 @@ def _check(
             )
 
     tensors = {"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v}
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    dtype = q.dtype
     if _autocasts(q) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
-        tensors = {name: None if x is None else x.to(dtype) for name, x in tensors.items()}
-    for name, x in tensors.items():
+    for name, x in [*tensors.items(), ("rpb", rpb)]:
         if x is None:
             continue
-        if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
-        if x.dtype != tensors["q"].dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} must have q's dtype and device {tensors['q'].dtype} on {q.device}, "
-                f"found {x.dtype} on {x.device}"
-            )
-    if rpb is not None and (rpb.device != q.device or not rpb.is_floating_point()):
-        raise ValueError(
-            f"rpb must be floating point on q's device {q.device}, found {rpb.dtype} on {rpb.device}"
-        )
-    return Call(
-        **tensors,
-        axes=axes,
-        scale=width**-0.5 if scale is None else float(scale),
-        rpb=rpb,
-        return_lse=return_lse,
-    )
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
+        if x.dtype != q.dtype and dtype == q.dtype and x is not rpb:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, found {x.dtype}")
+    if isinstance(scale, Tensor):
+        raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
+    q, k, v, extra_k, extra_v = (None if x is None else x.to(dtype) for x in (q, k, v, extra_k, extra_v))
+    scale = width**-0.5 if scale is None else float(scale)
+    return Call(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -272,20 +185,17 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _axes(
-    size: tuple[int, ...],
+    size: Sequence[int],
     kernel_size: PerAxis[int],
     dilation: PerAxis[int],
     stride: PerAxis[int],
     is_causal: PerAxis[bool],
 ) -> tuple[Axis, ...]:
+    size = tuple(index(length) for length in size)
     given = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride, "is_causal": is_causal}
-    per_axis = {name: _spread(name, value, len(size)) for name, value in given.items()}
-    axes = []
-    for number, length in enumerate(size):
-        axis = Axis(
-            index(length), *(per_axis[name][number] for name in ("kernel_size", "dilation", "stride"))
-        )
-        where = f"on axis {number} of the grid {tuple(size)}"
+    axes = tuple(map(Axis, size, *(_per_axis(name, value, len(size)) for name, value in given.items())))
+    for number, axis in enumerate(axes):
+        where = f"on axis {number} of the grid {size}"
         if axis.kernel_size < 2:
             raise ValueError(f"kernel_size must be at least 2, found {axis.kernel_size} {where}")
         if axis.dilation < 1:
@@ -294,27 +204,26 @@ def _axes(
             raise ValueError(
                 f"stride must be between 1 and kernel_size = {axis.kernel_size}, found {axis.stride} {where}"
             )
-        if axis.kernel_size * axis.dilation > length:
+        if axis.kernel_size * axis.dilation > axis.length:
             raise ValueError(
                 f"kernel_size * dilation = {axis.kernel_size} * {axis.dilation} must not exceed the length "
-                f"{length} {where}; use a smaller window or pad the grid"
+                f"{axis.length} {where}; use a smaller window or pad the grid"
             )
-        axes.append(axis._replace(is_causal=per_axis["is_causal"][number]))
-    return tuple(axes)
+    return axes
 
 
-def _spread(name: str, value: PerAxis[T], rank: int) -> tuple[T, ...]:
-    """One value for every axis; numbers must be whole, flags must be flags."""
+def _per_axis(name: str, value: PerAxis[T], rank: int) -> tuple[T, ...]:
+    """One value for every axis."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    kind, wanted = (bool, "True or False") if name == "is_causal" else (int, "a whole number")
     if len(values) != rank:
         raise ValueError(
             f"{name} must have one value or one for each of the {rank} grid axes, found {value!r}"
         )
-    for each in values:
-        if not isinstance(each, kind) or (kind is int and isinstance(each, bool)):
-            raise ValueError(f"{name} must be {wanted} (one, or one for each axis), found {value!r}")
-    return values
+    flags = name == "is_causal"
+    if any(isinstance(each, bool) != flags or not (flags or hasattr(each, "__index__")) for each in values):
+        wanted = "True or False" if flags else "a whole number"
+        raise ValueError(f"{name} must be {wanted}, or one for each axis, found {value!r}")
+    return values if flags else tuple(map(index, values))
 
 
 # Backends ---------------------------------------------------------------------------------------------------

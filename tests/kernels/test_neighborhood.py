@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import pytest
 import torch
 from goldens import cases, golden
@@ -382,7 +383,9 @@ def test_natten_signatures_mean_the_same():
     ours = ops.neighborhood_attention(q, k, v, 3, dilation=2, stride=2, extra_k=extra, extra_v=extra)
     theirs = ops.na2d(q, k, v, 3, 2, 2, additional_keys=extra, additional_values=extra, backend="flex-fna")
     torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match="na1d wants query"):
+    with pytest.raises(
+        ValueError, match=r"query of na1d must be .B, 1 grid axes, H, D., found shape \(2, 8, 9, 2, 8\)"
+    ):
         ops.na1d(q, k, v, 3)
     with pytest.raises(TypeError, match="q_tile_shap.*did you mean q_tile_shape"):
         ops.na2d(q, k, v, 3, q_tile_shap=(8, 8))
@@ -414,7 +417,15 @@ WRONG = {
     r"rpb must be \[Hq, 2 \* kernel_size - 1 per axis\] = \(4, 5, 5\), found \(4, 7, 7\)": {
         "rpb": torch.randn(4, 7, 7)
     },
-    "k must have q's dtype and device": {"k": torch.randn(2, 10, 8, 4, 8, dtype=torch.float64)},
+    "k must have q's dtype torch.float32, found torch.float64": {
+        "k": torch.randn(2, 10, 8, 4, 8, dtype=torch.float64)
+    },
+    "rpb must be on q's device cpu, found meta": {"rpb": torch.randn(4, 5, 5, device="meta")},
+    "rpb must be float64, float32, float16 or bfloat16, found torch.int64": {
+        "rpb": torch.ones(4, 5, 5).long()
+    },
+    "scale must be a number, found a tensor": {"scale": torch.ones(())},
+    "q must have at least one channel": {n: torch.randn(2, 10, 8, 4, 0) for n in "qkv"},
     "must be float64, float32, float16 or bfloat16": {"q": torch.ones(2, 10, 8, 4, 8, dtype=torch.int64)},
     "q must be": {"q": torch.randn(10, 4, 8)},
     "no backend 'cpuu'; use auto, cpu, reference; did you mean cpu": {"backend": "cpuu"},
@@ -427,6 +438,13 @@ def test_a_wrong_argument_is_named_with_what_was_found_and_what_is_allowed(messa
     arguments = {"q": x, "k": x, "v": x, "kernel_size": 3, **WRONG[message]}
     with pytest.raises(ValueError, match=message):
         ops.neighborhood_attention(**arguments)
+
+
+def test_whole_numbers_of_any_kind_are_taken():
+    q, k, v = inputs((8, 9))
+    torch.testing.assert_close(
+        ops.neighborhood_attention(q, k, v, [np.int64(3), 5]), ops.neighborhood_attention(q, k, v, (3, 5))
+    )
 
 
 def test_a_named_backend_is_refused_with_the_reason_and_the_nearest_choice():
