@@ -177,3 +177,26 @@ def test_imagenet_folders_are_known_by_their_synsets(finished, tmp_path):
         Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / name / "1.png")
     result = api.evaluate(trained, tmp_path)
     assert result.classes == ["fish", "goldfish"] and result.confusion.sum(axis=1).tolist() == [1, 1]
+
+
+def test_the_shipped_digits_model_is_as_good_as_its_manifest_says():
+    from zoo.weights.loader import entries_of
+
+    (entry,) = entries_of("nat_digits")
+    result = api.evaluate("nat_digits")
+    assert result.images == 599
+    assert 100 * result.top1 == pytest.approx(entry.measured["top1"], abs=0.01)
+    assert result.top1 >= 0.985
+    assert entry.packaged.stat().st_size == entry.size < 1_000_000
+
+
+def test_the_shipped_digits_model_reads_image_files(tmp_path):
+    from zoo.recipes.data.digits import held_out
+
+    images, labels = held_out()
+    for number in range(20):
+        large = Image.fromarray(images[number]).resize((64, 64), Image.Resampling.BICUBIC)
+        large.save(tmp_path / f"{number:02d}.png")
+    predictions = api.predict("nat_digits", tmp_path, top_k=1)
+    right = sum(p.classes[0] == str(label) for p, label in zip(predictions, labels, strict=False))
+    assert right >= 19
