@@ -391,6 +391,26 @@ def test_natten_signatures_mean_the_same():
         ops.na2d(q, k, v, 3, q_tile_shap=(8, 8))
 
 
+@pytest.mark.filterwarnings("ignore:return_lse is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "grid", "options"),
+    [
+        ("na1d", (23,), {"kernel_size": 4, "dilation": 3, "is_causal": True, "scale": 0.3}),
+        ("na2d", (10, 12), {"kernel_size": (3, 5), "dilation": (2, 1), "stride": (1, 2)}),
+        ("na3d", (4, 6, 5), {"kernel_size": (3, 4, 5), "is_causal": (True, False, False)}),
+    ],
+)
+def test_natten_gives_the_same(name, grid, options):
+    natten = pytest.importorskip("natten", reason="natten is not installed: pip install natten")
+    q, k, v = inputs(grid, batch=1, dtype=torch.float32, dim=16)
+    extra = torch.randn(1, 3, 2, 16)
+    options = {**options, "additional_keys": extra, "additional_values": extra, "return_lse": True}
+    theirs = getattr(natten, name)(q, k, v, **options)
+    ours = getattr(ops, name)(q, k, v, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 # The contract ----------------------------------------------------------------------------------------------
 
 WRONG = {
