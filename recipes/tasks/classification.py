@@ -29,7 +29,7 @@ class Classification(pl.LightningModule):
         super().__init__()
         self.model, self.recipe, self.loader = model, recipe, loader
         ema = recipe.optim.ema
-        self.ema = ModelEmaV3(model, decay=ema) if ema is not None else None
+        self.ema = ModelEmaV3(model, decay=ema).requires_grad_(False) if ema is not None else None
         self.mixup = _mixup(recipe, num_classes)
         self.smoothing = recipe.augment.label_smoothing
         self.val_loss = MeanMetric()

@@ -502,16 +502,13 @@ def test_bad_images_are_skipped_and_listed_when_asked(run, image_folder, tmp_pat
 @pytest.mark.slow
 def test_two_processes_train_and_resume(recipe_file, tmp_path):
     """Lightning starts the second process; both agree on the folder, and one of them writes."""
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\nfrom zoo.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
     options = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "data.batch_size=4"]
     folder = tmp_path / "pair"
     for arguments in (
         ["train", str(recipe_file), *options, "optim.epochs=1"],
         ["train", *options, "optim.epochs=2", "--resume"],
     ):
-        command = [sys.executable, "-c", code, *arguments, "--run-dir", str(folder)]
+        command = [sys.executable, "-m", "zoo", *arguments, "--run-dir", str(folder)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     with (folder / "metrics.csv").open() as file:
