@@ -1,0 +1,295 @@
+#!/usr/bin/env python
+"""Neighborhood attention on a CPU against the usual gather implementation: time and memory, as ratios.
+
+    python scripts/bench/ops_cpu.py                  the table
+    python scripts/bench/ops_cpu.py --check          exit status 1 where a goal is missed
+    python scripts/bench/ops_cpu.py --json FILE      the figures, with versions and date
+
+Both sides run in turns in one process on one thread and the fastest turn counts, in CPU time: that holds on a
+busy machine too. Only ratios mean something. Memory is what one forward pass adds to the peak of a fresh
+process (Linux only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import zoo
+from zoo import ops
+
+torch.set_num_threads(1)
+
+WIDTH = 32  # channels per head
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape; a goal is the least ratio that `--check` accepts."""
+
+    name: str
+    grid: tuple[int, ...]
+    heads: int
+    kernel_size: int = 7
+    dilation: int = 1
+    rpb: bool = False
+    batch: int = 1
+    forward_goal: float | None = None
+    training_goal: float | None = None
+
+
+CASES = [
+    Case("56x56", (56, 56), 2, forward_goal=7.0, training_goal=6.0),
+    Case("56x56 with bias", (56, 56), 2, rpb=True),
+    Case("56x56 with bias, batch 8", (56, 56), 2, rpb=True, batch=8),
+    Case("56x56 dilation 8", (56, 56), 2, dilation=8),
+    Case("28x28", (28, 28), 4),
+    Case("14x14", (14, 14), 8),
+    Case("14x14 with bias, batch 8", (14, 14), 8, rpb=True, batch=8),
+    Case("1-D 4096, kernel 33", (4096,), 2, kernel_size=33),
+    Case("3-D 8x16x16, kernel 3", (8, 16, 16), 2, kernel_size=3),
+]
+MEMORY_GRID, MEMORY_GOAL = (112, 112), 4.0
+MODEL, MODEL_GOAL = "nat_mini", 2.5
+
+
+# The implementation to beat ---------------------------------------------------------------------------------
+
+
+@lru_cache
+def _indices(grid: tuple[int, ...], kernel_size: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """Keys of every query and their places in the bias table, both [N, kernel_size ** rank]."""
+    keys = ops.neighborhood_indices(grid, kernel_size, dilation=dilation)
+    place, step = torch.zeros_like(keys), len(keys)
+    for length in grid:
+        step //= length
+        apart = keys // step % length - torch.arange(len(keys))[:, None] // step % length
+        place = place * (2 * kernel_size - 1) + apart // dilation + kernel_size - 1
+    return keys, place
+
+
+def gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int,
+    *,
+    dilation: int = 1,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+) -> Tensor:
+    """Copy the keys and values of every query side by side, then two products: how it is usually written.
+
+    Of five ways to write the copies this was the fastest; the indices are counted as known.
+    """
+    grid = tuple(q.shape[1:-2])
+    keys, place = _indices(grid, kernel_size, dilation)
+    q, k, v = (x.flatten(1, -3).transpose(1, 2).contiguous() for x in (q, k, v))  # [B, H, N, D]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bhnd,bhnkd->bhnk", q * scale, k[:, :, keys])
+    if rpb is not None:
+        logits = logits + rpb.flatten(1)[:, place]
+    out = torch.einsum("bhnk,bhnkd->bhnd", logits.softmax(-1), v[:, :, keys])
+    return out.transpose(1, 2).unflatten(1, grid)
+
+
+SIDES = {"gather": gather, "cpu": ops.neighborhood_attention}
+
+
+# Time -------------------------------------------------------------------------------------------------------
+
+
+def _turns(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Least CPU time of each function in milliseconds, in turns for about `seconds`, at least three."""
+    best = dict.fromkeys(runs, float("inf"))
+    turns, end = 0, time.perf_counter() + seconds
+    while turns < 3 or (time.perf_counter() < end and turns < 30):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            best[name] = min(best[name], 1e3 * (time.process_time() - start))
+        turns += 1
+    return best
+
+
+def time_case(case: Case, seconds: float) -> dict[str, float]:
+    """Milliseconds of both sides, `cpu forward` and so on."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(case.batch, *case.grid, case.heads, WIDTH, requires_grad=True) for _ in range(3)]
+    leaves, grad = list(inputs), torch.randn_like(inputs[0])
+    options = {"dilation": case.dilation}
+    if case.rpb:
+        sides = (2 * case.kernel_size - 1,) * len(case.grid)
+        options["rpb"] = torch.randn(case.heads, *sides, requires_grad=True)
+        leaves.append(options["rpb"])
+
+    def run(function: Callable[..., Tensor], training: bool) -> Tensor:
+        with torch.set_grad_enabled(training):
+            out = function(*inputs, case.kernel_size, **options)
+        if training:
+            torch.autograd.grad(out, leaves, grad)
+        return out
+
+    torch.testing.assert_close(*(run(function, False) for function in SIDES.values()), rtol=1e-4, atol=1e-5)
+    pairs = product(SIDES.items(), (("forward", False), ("training", True)))
+    return _turns({f"{side} {what}": lambda f=f, t=t: run(f, t) for (side, f), (what, t) in pairs}, seconds)
+
+
+def time_model(seconds: float) -> dict[str, float]:
+    """Milliseconds of the whole model on 8 images of 224 x 224 with either function inside."""
+    torch.manual_seed(0)
+    model = zoo.create_model(MODEL).eval()
+    images = torch.randn(8, 3, 224, 224)
+
+    def run(function: Callable[..., Tensor], training: bool) -> Tensor:
+        ops.neighborhood_attention = function
+        try:
+            with torch.set_grad_enabled(training):
+                out = model(images)
+            if training:
+                model.zero_grad()
+                out.square().mean().backward()
+        finally:
+            ops.neighborhood_attention = SIDES["cpu"]
+        return out
+
+    torch.testing.assert_close(*(run(function, False) for function in SIDES.values()), rtol=1e-4, atol=1e-5)
+    pairs = product(SIDES.items(), (("forward", False), ("training", True)))
+    return _turns({f"{side} {what}": lambda f=f, t=t: run(f, t) for (side, f), (what, t) in pairs}, seconds)
+
+
+# Memory -----------------------------------------------------------------------------------------------------
+
+
+def peak_of_forward(side: str) -> int:
+    """Bytes that one forward pass adds to the peak of this process; call it in a fresh one."""
+    small, large = ([torch.randn(1, *grid, 2, WIDTH) for _ in range(3)] for grid in ((28, 28), MEMORY_GRID))
+    with torch.no_grad():
+        SIDES[side](*small, 7)  # loads what is loaded once
+        _indices(MEMORY_GRID, 7, 1)
+        before = _memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        SIDES[side](*large, 7)
+        return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process. (`ru_maxrss` would include the peak of the process that started this one.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def measure_memory() -> dict[str, float]:
+    """Megabytes of both sides."""
+    megabytes = {}
+    for side in SIDES:
+        answer = subprocess.run(
+            [sys.executable, __file__, "--peak", side], capture_output=True, text=True, check=True
+        )
+        megabytes[f"{side} peak"] = int(answer.stdout) / 2**20
+    return megabytes
+
+
+# Report -----------------------------------------------------------------------------------------------------
+
+
+def _row(name: str, what: str, figures: dict[str, float], unit: str, goal: float | None) -> dict:
+    theirs, ours = figures[f"gather {what}"], figures[f"cpu {what}"]
+    ratio = theirs / max(ours, 1e-3)
+    return {
+        "case": name,
+        "what": what,
+        "unit": unit,
+        "gather": round(theirs, 2),
+        "cpu": round(ours, 2),
+        "ratio": round(ratio, 2),
+        "goal": goal,
+        "reached": goal is None or ratio >= goal,
+    }
+
+
+def measure(only: str | None, seconds: float) -> list[dict]:
+    """All rows of the report; `only` keeps the cases whose name contains it."""
+    rows = []
+    for case in CASES:
+        if only is None or only in case.name:
+            figures = time_case(case, seconds)
+            rows.append(_row(case.name, "forward", figures, "ms", case.forward_goal))
+            rows.append(_row(case.name, "training", figures, "ms", case.training_goal))
+    name = f"memory at {'x'.join(map(str, MEMORY_GRID))}"
+    if sys.platform == "linux" and (only is None or only in name):
+        rows.append(_row(name, "peak", measure_memory(), "MB", MEMORY_GOAL))
+    name = f"{MODEL}, 8 images of 224x224"
+    if only is None or only in name:
+        figures = time_model(seconds)
+        rows.append(_row(name, "forward", figures, "ms", MODEL_GOAL))
+        rows.append(_row(name, "training", figures, "ms", None))
+    return rows
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="only cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for each case (default: 6)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
+    parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak_of_forward(options.peak))
+        return 0
+
+    rows = measure(options.only, options.seconds)
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "torch": torch.__version__,
+        "threads": 1,
+        "cases": [asdict(case) for case in CASES],
+    }
+    title = f"gather and cpu, one thread of {about['processor']}, torch {about['torch']}, {about['date']}"
+    table = Table("case", "what", "gather", "cpu", "unit", "times less", "goal", title=title)
+    for row in rows:
+        colour = "green" if row["reached"] else "red"
+        goal = "" if row["goal"] is None else f"{row['goal']:g}"
+        ratio = f"[{colour}]{row['ratio']:.1f}[/]"
+        table.add_row(
+            row["case"], row["what"], f"{row['gather']:.1f}", f"{row['cpu']:.1f}", row["unit"], ratio, goal
+        )
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    missed = [f"{row['case']} {row['what']}" for row in rows if not row["reached"]]
+    if missed and options.check:
+        print(f"goal missed: {', '.join(missed)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
