@@ -96,6 +96,7 @@ class Checkpoints(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.loader.position = (trainer.current_epoch + 1, 0)
         result, module.result = module.result, {}
+        score: dict[str, float] = {}
         if result:
             score = {
                 "top1": result["val_top1"],
@@ -106,33 +107,36 @@ class Checkpoints(pl.Callback):
             self.ranking.sort(key=lambda each: (-each["top1"], each["loss"]))
         dropped = self.ranking[self.keep_best :]
         del self.ranking[self.keep_best :]
-        self._save(trainer)
-        if result and score in self.ranking and trainer.is_global_zero:
-            if self.keep_best > 1:
-                link_atomically(self.folder / LAST, self._ranked(score))
-            if score is self.ranking[0]:
-                link_atomically(self.folder / LAST, self.folder / BEST)
+        names = [LAST]
+        if score in self.ranking:
+            names = [BEST, LAST] if score is self.ranking[0] else [LAST]
+            names = [self._ranked(score), *names] if self.keep_best > 1 else names
+        # One file under several names, `last` the last: a kill in between is resumed from before this epoch.
+        self._save(trainer, names[0])
+        if trainer.is_global_zero:
+            for name in names[1:]:
+                link_atomically(self.folder / names[0], self.folder / name)
             for each in dropped:
-                self._ranked(each).unlink(missing_ok=True)
+                (self.folder / self._ranked(each)).unlink(missing_ok=True)
 
-    def _ranked(self, score: dict[str, float]) -> Path:
-        return self.folder / f"epoch-{score['epoch']:04.0f}.ckpt"
+    def _ranked(self, score: dict[str, float]) -> str:
+        return f"epoch-{score['epoch']:04.0f}.ckpt"
 
     def _stop_is_asked(self, trainer: pl.Trainer) -> bool:
         asked = self.signal is not None
+        if trainer.world_size == 1:
+            return asked
         # All processes must stop after the same step, whichever of them heard the signal.
-        return (
-            asked if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(asked, all=False)
-        )
+        return trainer.strategy.reduce_boolean_decision(asked, all=False)
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer, name: str = LAST) -> None:
         weights = trainer.lightning_module.parameters()
         if not all(torch.isfinite(weight).all() for weight in weights):
             raise ZooError(
                 f"weights became infinite or NaN at step {self.step}, so it was not saved; "
                 f"continue from {self.folder / LAST} with a lower optim.lr"
             )
-        trainer.save_checkpoint(self.folder / LAST)
+        trainer.save_checkpoint(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranking": self.ranking}

@@ -14,8 +14,9 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -189,7 +190,7 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """Return plain containers for a file, with `${...}` as it was written, not what it stood for."""
-        container = dataclasses.asdict(self)
+        container = _plain(dataclasses.asdict(self))
         for key, (written, meant) in self._interpolated.items():
             if pick(container, key) == meant:
                 put(container, key, written)
@@ -511,6 +512,23 @@ def all_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
         hint = _hints(kind)[item.name]
         keys += all_keys(hint, f"{prefix}{item.name}.") if is_dataclass(hint) else [f"{prefix}{item.name}"]
     return keys
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML and the safe reader of checkpoints know it, from paths and array scalars too."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, bool | int | float | str) and type(value).__module__ == "builtins" or value is None:
+        return value
+    if hasattr(value, "item"):
+        return value.item()
+    raise ConfigError(f"{value!r} in a recipe is neither a number nor a text; recipes hold plain values only")
 
 
 def environment_names(text: str) -> list[str]:

@@ -187,12 +187,8 @@ def _loaders(
 def _end_by_signal(stopped: Stopped, folder: Path) -> None:
     if rank_zero_only.rank == 0:
         name = signal.Signals(stopped.number).name
-        state = (
-            f"after step {stopped.step}, which is saved"
-            if stopped.saved
-            else "at once, nothing more is saved"
-        )
-        say(f"stopped by {name} {state}; go on with --resume {folder}")
+        when = f"after step {stopped.step}, which is saved" if stopped.saved else "at once, without saving"
+        say(f"stopped by {name} {when}; go on with --resume {folder}")
     if stopped.number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + stopped.number)

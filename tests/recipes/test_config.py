@@ -362,3 +362,26 @@ def test_every_imagenet_model_has_its_recipe():
 
     own = {name for name in list_models() if not name.endswith(("_digits", "_21k", "_21k_11x11"))}
     assert own <= {name.rpartition("/")[2] for name in recipe_names()}
+
+
+def test_values_given_in_python_are_saved_as_plain_ones():
+    import enum
+
+    import numpy as np
+    import torch
+
+    made = recipe("classification/digits")
+    made.data.root = Path("/data")
+    made.model.args = {"a": np.float32(0.5), "b": (1, np.int64(2)), "c": enum.IntEnum("Level", "LOW").LOW}
+    made.optim.lr = torch.tensor(0.25)
+    plain = made.plain()
+    assert plain["data"]["root"] == "/data"
+    assert plain["model"]["args"] == {"a": 0.5, "b": [1, 2], "c": 1}
+    assert {type(value) for value in (plain["optim"]["lr"], *plain["model"]["args"].values())} == {
+        float,
+        list,
+        int,
+    }
+    made.model.args = {"a": object()}
+    with pytest.raises(ConfigError, match="plain values only"):
+        made.plain()

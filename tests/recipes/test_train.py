@@ -136,6 +136,18 @@ def test_the_best_checkpoints_are_kept_by_accuracy_then_loss(run, monkeypatch):
     assert kept.joinpath("best.ckpt").samefile(kept / "epoch-0002.ckpt")
 
 
+def test_a_kill_between_the_names_of_a_checkpoint_changes_nothing(run, finished, monkeypatch, tmp_path):
+    """The best checkpoint is written and the last one is not yet its other name."""
+    from zoo.recipes import checkpoints
+
+    monkeypatch.setattr(checkpoints, "link_atomically", lambda *_: kill())
+    with pytest.raises(Killed):
+        run("between")
+    monkeypatch.undo()
+    run("between", resume=tmp_path / "between")
+    assert_same(finished, tmp_path / "between")
+
+
 # ---- going on exactly
 
 
