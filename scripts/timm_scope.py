@@ -43,15 +43,28 @@ def pytest_report_header() -> str:
     return f"timm {timm.__version__}'s tests over {len(OURS)} models of the zoo: {', '.join(sorted(OURS))}"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in ("base", "cfg", "cfg_nonstd", "forward", "backward", "features", "timeout(seconds)"):
+        config.addinivalue_line("markers", f"{marker}: as timm marks its tests")
+    for marker in ("torchscript", "fxforward", "fxbackward"):
+        config.addinivalue_line("markers", f"{marker}: as timm marks its tests; left out here")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep what runs over listed models; tests that name a model of timm's test that model, not ours."""
-    ours, theirs = [], []
+    """Keep what runs over our models and what they claim.
+
+    Tests that name a model of timm's test that model. TorchScript and FX tracing are deprecated in torch,
+    and the zoo's models do not claim them. Whether published files load is a matter of the network:
+    `zoo.weights` reads ours.
+    """
+    ours, others = [], []
     for item in items:
         model = getattr(item, "callspec", None) and item.callspec.params.get("model_name")
-        (ours if isinstance(model, str) and model.partition(".")[0] in OURS else theirs).append(item)
-        # Which published files load is a matter of the network; ours are read by zoo.weights, tested there.
+        is_ours = isinstance(model, str) and model.partition(".")[0] in OURS
+        traced = any(word in item.originalname for word in ("torchscript", "_fx"))
+        (ours if is_ours and not traced else others).append(item)
         loads = item.originalname in ("test_model_load_pretrained", "test_model_features_pretrained")
-        if loads and not _registry.get_pretrained_cfg(model).file:
+        if is_ours and loads and not _registry.get_pretrained_cfg(model).file:
             item.add_marker(pytest.mark.skip(reason="needs the published file from the network"))
-    config.hook.pytest_deselected(items=theirs)
+    config.hook.pytest_deselected(items=others)
     items[:] = ours

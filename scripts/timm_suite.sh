@@ -9,13 +9,12 @@ source_folder=".cache/timm-$version"
 if [ ! -f "$source_folder/tests/test_models.py" ]; then
   echo "== fetching the source distribution of timm $version"
   mkdir -p .cache
-  python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary timm \
+  python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary timm \
     --dest .cache "timm==$version" || stop "timm's source distribution cannot be fetched: check the network"
   tar -xzf ".cache/timm-$version.tar.gz" -C .cache "timm-$version/tests" ||
     stop "timm-$version.tar.gz holds no tests/; delete .cache and try again"
 fi
 # Away from timm's own configuration, and with the installed timm rather than the unpacked one.
 export PYTHONPATH="$PWD/scripts" OMP_NUM_THREADS=1
-# timm marks these by kind; TorchScript and FX are deprecated in torch, and the zoo's models do not claim them.
-exec python -m pytest -q -m "not torchscript and not fxforward and not fxbackward" -n auto --maxprocesses 8 -p timm_scope -p no:cacheprovider -c /dev/null \
+exec python -m pytest -q -n auto --maxprocesses 8 -p timm_scope -p no:cacheprovider -c /dev/null \
   --rootdir "$source_folder/tests" -rs "$source_folder/tests/test_models.py" "$@"
