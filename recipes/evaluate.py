@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from zoo.errors import DataError
+from zoo.errors import ConfigError, DataError
 from zoo.recipes.config import Recipe, build, check, override
-from zoo.recipes.data import load_halves
+from zoo.recipes.data import load_half
 from zoo.recipes.data.images import ImageFolder
 from zoo.recipes.data.loader import BadImage, BadImages, EpochLoader, Images
 from zoo.recipes.data.transforms import eval_transform
@@ -54,16 +54,16 @@ def evaluate(
     images of the recipe it was trained with, to which `overrides` (`key=value`) apply. Raises ZooError.
     """
     trained = source if isinstance(source, Trained) else load_trained(source)
+    if trained.recipe is None and data is None:
+        raise ConfigError(f"{trained.source} comes without data; name a folder of images (data=..., --data)")
     made = _evaluation_recipe(trained, overrides)
     if data is not None and str(data) != "digits":
         root = Path(data)
         images: Images = ImageFolder(root / "val" if (root / "val").is_dir() else root)
-    elif data is not None or made.data.name == "digits":
-        from zoo.recipes.data.digits import Digits
-
-        images = Digits(train=False)
     else:
-        images = load_halves(made)[1]
+        if data is not None:
+            made.data.name = "digits"
+        images = load_half(made, train=False)
     if images.classes != trained.classes:
         images = _Renumbered(images, _numbers(images.classes, trained))
     on_bad = BadImages(made.data.max_bad) if made.data.bad_images == "skip" else None
@@ -71,7 +71,6 @@ def evaluate(
 
 
 def _evaluation_recipe(trained: Trained, overrides: Sequence[str]) -> Recipe:
-
     raw = trained.recipe.plain() if trained.recipe is not None else {"data": {"name": "folder"}}
     for text in overrides:
         override(raw, text)

@@ -29,23 +29,16 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from zoo.errors import ConfigError, IntegrityError, did_you_mean
-from zoo.recipes.config import Recipe, build, check, environment_names, parse, pick, put, recipe, recipe_names
+from zoo.recipes.config import Recipe, build, check, environment_names, parse, pick, put
 from zoo.recipes.data.transforms import InputSettings
 from zoo.recipes.files import load_checkpoint, write_atomically
 
 RUNS = Path("runs")
 MODEL = "model.safetensors"
 PACKAGES = (
-    "attnzoo",
-    "torch",
-    "torchvision",
-    "timm",
-    "pytorch-lightning",
-    "torchmetrics",
-    "numpy",
-    "pillow",
-    "triton",
-)
+    "attnzoo", "torch", "torchvision", "timm", "triton",
+    "pytorch-lightning", "torchmetrics", "numpy", "pillow",
+)  # fmt: skip
 
 # What must be the same for a run to go on: the network, and what batch and step mean.
 FROZEN = (
@@ -277,12 +270,12 @@ def load_trained(source: str | Path) -> Trained:
     return _from_name(str(source))
 
 
-def _from_safetensors(path: Path, source: str) -> Trained:
+def _from_safetensors(path: Path, source: str, state: dict[str, torch.Tensor] | None = None) -> Trained:
     from safetensors import SafetensorError, safe_open
 
     from zoo.weights.loader import read_state_dict
 
-    state = read_state_dict(path)
+    state = state if state is not None else read_state_dict(path)
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
@@ -341,39 +334,31 @@ def _assemble(
 
 def _from_name(name: str) -> Trained:
     from zoo import create_model, list_models
+    from zoo.weights.loader import entries_of, read_pretrained
 
     if name not in list_models():
         near = did_you_mean(name, list_models())
         raise ConfigError(
             f"{name!r} is neither a run folder nor a model with weights{near or '; see `zoo list`'}"
         )
+    if any(entry.packaged for entry in entries_of(name)[:1]):  # a file of a recipe of ours, which says it all
+        state, path = read_pretrained(name)
+        return _from_safetensors(Path(path), name, state)
     model = create_model(name, pretrained=True).eval()
-    classes, folders = _class_names(name, model.num_classes)
+    classes, folders = _class_names(model.num_classes)
     return Trained(
         model=model,
         name=name,
         classes=classes,
         settings=InputSettings.of(model),
-        recipe=_recipe_of(name),
+        recipe=None,
         source=name,
         folders=folders,
     )
 
 
-def _recipe_of(name: str) -> Recipe | None:
-    for known in recipe_names():
-        made = recipe(known, allow_missing=True, names=False)
-        if made.model.name == name and made.data.name != "folder":
-            return made
-    return None
-
-
-def _class_names(name: str, count: int) -> tuple[list[str], list[str]]:
-    made = _recipe_of(name)
-    if made is not None and made.data.name == "digits":
-        from zoo.recipes.data.digits import CLASSES
-
-        return CLASSES, []
+def _class_names(count: int) -> tuple[list[str], list[str]]:
+    """Return the classes of published weights, in words and as ImageNet's folders; else numbers."""
     if count == 1000:
         from timm.data import ImageNetInfo
 
@@ -383,6 +368,7 @@ def _class_names(name: str, count: int) -> tuple[list[str], list[str]]:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device of that name, by default the GPU where there is one. Raises ConfigError."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zoo.errors import ConfigError, DataError
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 NAMES = ("digits", "folder", *SETS)
 
 
-def load_halves(recipe: Recipe) -> tuple[Images, Images]:
-    """Return the training and the validation images of a recipe.
+def load_half(recipe: Recipe, *, train: bool) -> Images:
+    """Return the training or the validation images of a recipe.
 
     Raises ConfigError where `data.root` is needed and not given, DataError for what is wrong with the files.
     """
@@ -23,22 +24,37 @@ def load_halves(recipe: Recipe) -> tuple[Images, Images]:
     if data.name == "digits":
         from zoo.recipes.data.digits import Digits
 
-        train, val = Digits(train=True), Digits(train=False)
-    elif data.root is None:
+        return Digits(train=train)
+    if data.root is None:
         wanted = "FOLDER with train/ and val/ inside" if data.name == "folder" else "a folder for its files"
         raise ConfigError(f"data.name={data.name} needs data.root={wanted}")
-    elif data.name == "folder":
-        from zoo.recipes.data.images import train_and_val
+    if data.name == "folder":
+        from zoo.recipes.data.images import split_of
 
-        train, val = train_and_val(data.root)
-    else:
-        train, val = (
-            TorchvisionSet(data.name, data.root, train=half, download=data.download) for half in (True, False)
+        return split_of(data.root, "train" if train else "val")
+    return TorchvisionSet(data.name, data.root, train=train, download=data.download)
+
+
+def load_halves(recipe: Recipe) -> tuple[Images, Images]:
+    """Return the training and the validation images, of the same classes and as many as the recipe says."""
+    train, val = load_half(recipe, train=True), load_half(recipe, train=False)
+    if train.classes != val.classes:
+        only = {
+            "only in train": sorted(set(train.classes) - set(val.classes)),
+            "only in val": sorted(set(val.classes) - set(train.classes)),
+        }
+        told = "; ".join(f"{where}: {_some(names)}" for where, names in only.items() if names)
+        raise DataError(
+            f"{recipe.data.root}: train and val hold different classes ({told}); make them the same"
         )
     wanted = recipe.model.num_classes
     if wanted is not None and wanted != len(train.classes):
         raise DataError(
             f"model.num_classes={wanted}, but the data has {len(train.classes)} classes "
-            f"({', '.join(train.classes[:5])}{', ...' if len(train.classes) > 5 else ''}); correct it"
+            f"({_some(train.classes)}); correct it"
         )
     return train, val
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -138,33 +138,17 @@ class ImageFolder:
         return Path(self.files[index]).relative_to(self.root.parent).as_posix()
 
 
-def train_and_val(root: str | Path) -> tuple[ImageFolder, ImageFolder]:
-    """Return `root/train` and `root/val`, which must hold the same classes."""
+def split_of(root: str | Path, split: str) -> ImageFolder:
+    """Return the images of `root/<split>`. Raises DataError where a folder is missing or laid out otherwise."""
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"no folder {root}; wanted one that holds train/ and val/")
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            found = (
-                ", ".join(sorted(entry.name for entry in _entries(root) if entry.is_dir())[:5])
-                or "no folders"
-            )
-            raise DataError(
-                f"{root} has no {split}/ inside (found {found}); wanted {root}/train and {root}/val"
-            )
-    train, val = ImageFolder(root / "train"), ImageFolder(root / "val")
-    if train.classes != val.classes:
-        parts = []
-        for text, names in (
-            ("only in train", sorted(set(train.classes) - set(val.classes))),
-            ("only in val", sorted(set(val.classes) - set(train.classes))),
-        ):
-            if names:
-                parts.append(f"{text}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
-        raise DataError(
-            f"{root}: train and val hold different classes ({'; '.join(parts)}); make them the same"
+    if not (root / split).is_dir():
+        found = (
+            ", ".join(sorted(entry.name for entry in _entries(root) if entry.is_dir())[:5]) or "no folders"
         )
-    return train, val
+        raise DataError(f"{root} has no {split}/ inside (found {found}); wanted {root}/train and {root}/val")
+    return ImageFolder(root / split)
 
 
 def image_files(sources: Sequence[str | Path]) -> list[str]:

@@ -169,7 +169,7 @@ def test_imagenet_folders_are_known_by_their_synsets(finished, tmp_path):
 
     from zoo.recipes.run_folder import _class_names
 
-    classes, folders = _class_names("nat_mini", 1000)
+    classes, folders = _class_names(1000)
     assert (classes[1], folders[1]) == ("goldfish", "n01443537")
     trained = dataclasses.replace(load_trained(finished), classes=["fish", "goldfish"], folders=folders[:2])
     for name, level in (("n01443537", 200), ("n01440764", 40)):

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from zoo.errors import DataError
-from zoo.recipes.data.images import ImageFolder, image_files, read_image, train_and_val
+from zoo.recipes.config import Recipe
+from zoo.recipes.data import load_half, load_halves
+from zoo.recipes.data.images import ImageFolder, image_files, read_image
 
 
 def gradient(height: int = 24, width: int = 32) -> np.ndarray:
@@ -162,6 +164,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from zoo.errors import DataError
+from zoo.recipes.config import Recipe
+from zoo.recipes.data import load_half, load_halves
 from zoo.recipes.data.images import read_image
 random.seed(0)
 pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
@@ -246,6 +250,16 @@ def test_a_single_class_is_fine_when_its_images_are_in_it(tmp_path):
     assert ImageFolder(tree(tmp_path, "only/1.png")).classes == ["only"]
 
 
+def of_folder(root: Path) -> Recipe:
+    made = Recipe()
+    made.data.name, made.data.root = "folder", str(root)
+    return made
+
+
+def test_validation_alone_needs_no_training_images(tmp_path):
+    assert len(load_half(of_folder(tree(tmp_path, "val/a/1.png", "val/b/1.png")), train=False)) == 2
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -260,12 +274,12 @@ def test_a_single_class_is_fine_when_its_images_are_in_it(tmp_path):
 )
 def test_training_and_validation_must_match(tmp_path, files, words):
     with pytest.raises(DataError, match=words):
-        train_and_val(tree(tmp_path, *files))
+        load_halves(of_folder(tree(tmp_path, *files)))
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="no folder .*nowhere"):
-        train_and_val(tmp_path / "nowhere")
+        load_halves(of_folder(tmp_path / "nowhere"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
