@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -104,9 +105,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise IntegrityError(f"no checkpoint {path}") from None
     # A damaged file raises nearly any exception.
     except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named:
             raise IntegrityError(
-                f"{path} holds more than tensors and numbers; nothing of it was loaded"
+                f"{path} holds more than tensors and numbers ({named[1]}); nothing of it was loaded"
             ) from None
         raise IntegrityError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
     if not isinstance(content, dict) or "recipe" not in content:

@@ -139,7 +139,7 @@ class ImageFolder:
 
 
 def split_of(root: str | Path, split: str) -> ImageFolder:
-    """Return the images of `root/<split>`. Raises DataError where a folder is missing or laid out otherwise."""
+    """Return the images of `root/<split>`. Raises DataError for a missing folder or another layout."""
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"no folder {root}; wanted one that holds train/ and val/")

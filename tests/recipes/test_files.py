@@ -133,4 +133,5 @@ def test_what_is_no_checkpoint_is_refused_and_nothing_runs(tmp_path, monkeypatch
     with pytest.raises(IntegrityError) as refused:
         load_checkpoint(file)
     assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+    assert ("posix.mkdir" in str(refused.value)) == (kind == "code")
     assert not (tmp_path / "canary").exists()
