@@ -14,6 +14,8 @@ from goldens import cases, golden
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo import ops
 from zoo.kernels.neighborhood import cpu
@@ -299,13 +301,49 @@ def test_heads_without_a_bias_gradient_and_with_one_agree(tiles):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_no_query_sees_does_not_leak(backend, tiles):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_a_query_does_not_see_does_not_reach_it(bad, backend, tiles):
     q, k, v = inputs((12, 12), dtype=torch.float32)
-    clean = ops.neighborhood_attention(q, k, v, 3, backend=backend)
-    k[:, 0, 0], v[:, 0, 0] = float("nan"), float("inf")
-    dirty = ops.neighborhood_attention(q, k, v, 3, backend=backend)
-    torch.testing.assert_close(dirty[:, 3:], clean[:, 3:])
-    assert not dirty[:, 0, 0].isfinite().any()
+    clean, clean_lse = ops.neighborhood_attention(q, k, v, 3, return_lse=True, backend=backend)
+    k[0, 0, 0, 0], v[1, 0, 0, 1] = bad, bad  # one head of either image
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    dirty, lse = ops.neighborhood_attention(q, k, v, 3, return_lse=True, backend=backend)
+    sees_bad = torch.zeros(2, 12, 12, 2, dtype=torch.bool)
+    sees_bad[0, :2, :2, 0] = sees_bad[1, :2, :2, 1] = True
+    assert not dirty[sees_bad].isfinite().any()
+    torch.testing.assert_close(dirty[~sees_bad], clean[~sees_bad])
+    torch.testing.assert_close(lse[1], clean_lse[1])
+    assert not lse[0, :2, :2, 0].isfinite().any()
+    dq, dk, dv = torch.autograd.grad(dirty[~sees_bad].sum(), (q, k, v))
+    assert dq[~sees_bad].isfinite().all()
+    assert dk[:, 3:].isfinite().all() and dv[:, 3:].isfinite().all()
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the most entries a tensor had."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor):
+                self.entries = max(self.entries, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_memory_is_linear_in_tokens(biased):
+    """Neither all pairs of tokens nor a copy of the keys of every query, forward and backward."""
+    entries = {}
+    for side in (32, 64):
+        q, k, v = inputs((side, side), batch=1, dim=32, dtype=torch.float32, grad=True)
+        rpb = torch.randn(2, 13, 13, requires_grad=True) if biased else None
+        with _Largest() as largest:
+            ops.neighborhood_attention(q, k, v, 7, rpb=rpb).sum().backward()
+        entries[side] = largest.entries
+        assert 7 * entries[side] < q.numel() * 7**2
+    assert entries[64] < 4.5 * entries[32]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -332,31 +370,67 @@ def test_autocast_computes_in_its_dtype():
 
 
 class _Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "auto") -> None:
         super().__init__()
         self.rpb = nn.Parameter(torch.randn(2, 13, 13))
+        self.backend = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.neighborhood_attention(q, k, v, 7, dilation=2, rpb=self.rpb)
+        return ops.neighborhood_attention(q, k, v, 7, dilation=2, rpb=self.rpb, backend=self.backend)
 
 
-def test_it_compiles_to_one_graph_and_trains_there():
+@pytest.mark.parametrize(("backend", "dynamic"), [("cpu", None), ("cpu", True), ("reference", None)])
+def test_it_compiles_to_one_graph_for_any_size_and_trains_there(backend, dynamic):
     torch._dynamo.reset()
-    q, k, v = inputs((20, 24), dtype=torch.float32)
-    layer = _Layer()
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v), layer(q, k, v))
+    layer = _Layer(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=dynamic)
+    for batch, grid in ((1, (14, 15)), (2, (20, 24)), (3, (22, 33))):
+        q, k, v = inputs(grid, batch=batch, dtype=torch.float32)
+        torch.testing.assert_close(compiled(q, k, v), layer(q, k, v))
     compiled(q, k, v).sum().backward()
     assert layer.rpb.grad.isfinite().all()
 
 
+def test_a_compiled_call_follows_the_backend_of_its_block():
+    torch._dynamo.reset()
+    q, k, v = inputs((14, 15), dtype=torch.float32)
+    layer, graphs = _Layer().eval(), []
+
+    def keep(graph, example):
+        graphs.append({node.target for node in graph.graph.nodes})
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=keep)
+    compiled(q, k, v)
+    with ops.use_backend("reference"):
+        compiled(q, k, v)
+    compiled(q, k, v)
+    assert [torch.functional.einsum in graph for graph in graphs] == [False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strict", [False, True])
-def test_it_exports_with_any_batch(strict):
+def test_it_exports_with_any_batch_and_needs_nothing_of_the_zoo(strict, backend, tmp_path):
     q, k, v = inputs((20, 24), dtype=torch.float32)
     batch = torch.export.Dim("batch")
-    layer = _Layer().eval()
+    layer = _Layer(backend).eval()
     program = torch.export.export(layer, (q, k, v), dynamic_shapes=({0: batch},) * 3, strict=strict)
-    torch.testing.assert_close(program.module()(q[:1], k[:1], v[:1]), layer(q[:1], k[:1], v[:1]))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert all(name.startswith(("aten.", "<built-in")) for name in names), names
+    torch.export.save(program, tmp_path / "layer.pt2")
+    again = torch.export.load(tmp_path / "layer.pt2").module()
+    torch.testing.assert_close(again(q[:1], k[:1], v[:1]), layer(q[:1], k[:1], v[:1]))
+
+
+def test_it_runs_on_tensors_without_values_and_under_function_transforms():
+    q, k, v = inputs((20, 22), dtype=torch.float32)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        assert ops.neighborhood_attention(*fakes, 5).shape == q.shape
+    run = lambda q, k, v: ops.neighborhood_attention(q, k, v, 5).square().sum()  # noqa: E731
+    by_transform = torch.func.grad(run)(q, k, v)
+    (by_backward,) = torch.autograd.grad(run(q.requires_grad_(), k, v), q)
+    torch.testing.assert_close(by_transform, by_backward)
 
 
 # The window as numbers -------------------------------------------------------------------------------------
