@@ -29,6 +29,14 @@ zoo_setup() {
   wanted="$(cksum <pyproject.toml) $PWD"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "== installing attnzoo[$extras] (a few minutes the first time)"
+    case ",$extras,$(uname)," in
+      *,all,*Linux, | *,dev,*Linux,)
+        # In an isolated build natten would fetch a second torch, gigabytes and minutes.
+        python -m pip install -qq --disable-pip-version-check "torch>=2.11" "setuptools>=77" &&
+          python -m pip install -qq --disable-pip-version-check --no-build-isolation "natten>=0.21.6" ||
+          stop "installation of natten failed: pip's message is above"
+        ;;
+    esac
     python -m pip install -qq --disable-pip-version-check --editable ".[$extras]" ||
       stop "installation failed: pip's message is above; check the network and the free disk space (8 GB needed)"
     echo "$wanted" >"$stamp"
