@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         status = build()(args=arguments, prog_name="zoo", standalone_mode=False)
+        sys.stdout.flush()  # here: when the interpreter ends, a closed pipe cannot be told any more
     except BaseException as error:
         if debug and not isinstance(error, SystemExit):
             raise
@@ -58,6 +60,10 @@ def _report(error: BaseException) -> int:
     """Say in one line on stderr what went wrong, and return the exit status that belongs to it."""
     from zoo.errors import ZooError
 
+    # typer's parser turns a closed pipe into an exit of its own.
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 0
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     # typer's exceptions are told by name and method: their module changed between its versions.
@@ -77,9 +83,6 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, MemoryError) or "out of memory" in message.lower():
         message = f"not enough memory ({message or 'allocation failed'}); use a smaller batch or image size"
         status = RESOURCES
-    elif isinstance(error, BrokenPipeError):
-        sys.stderr = None
-        return 0
     elif isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         message, status = f"{error.filename or 'file system'}: {error.strerror}", RESOURCES if full else DATA
