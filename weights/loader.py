@@ -1,7 +1,8 @@
 """The one place that reads weights: files, manifests, downloads.
 
 Nothing here can run code from a file: safetensors holds numbers only, and everything else goes through
-torch's weights-only reader, without a second try. A file named in a manifest is verified by its sha256, and
+torch's weights-only reader, without a second try; settings that training scripts pickle beside the weights
+are read into stand-ins that do nothing. A file named in a manifest is verified by its sha256, and
 the bytes that were verified are the bytes that are read.
 """
 
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -25,6 +28,31 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first
+
+
+class _Settings:
+    """Stands for a class of named settings: torch's reader fills an ordered dictionary in its place."""
+
+    def __new__(cls, *arguments: object) -> OrderedDict[str, object]:
+        return OrderedDict()
+
+
+class _Ignored:
+    """Stands for what builds a numpy number, such as the accuracy so far; keeps nothing."""
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+# What published training checkpoints pickle beside their weights. None of the real classes is imported.
+STAND_INS = [
+    (_Settings, "yacs.config.CfgNode"),
+    (_Settings, "argparse.Namespace"),
+    (_Ignored, "numpy.core.multiarray.scalar"),
+    (_Ignored, "numpy._core.multiarray.scalar"),
+    (_Ignored, "numpy.dtype"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +141,8 @@ def _parse(data: bytes, name: str) -> dict[str, Tensor]:
             reason = f"is not a whole safetensors file ({error})"
             raise IntegrityError(f"{name} {reason}; fetch it again") from error
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(STAND_INS):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises any of nine types, some without a text
         raise IntegrityError(_why_unreadable(data, name, error)) from error
     return _unwrap(content, name)
@@ -123,7 +152,8 @@ def _why_unreadable(data: bytes, name: str, error: Exception) -> str:
     import torch
 
     try:
-        unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+        with torch.serialization.safe_globals(STAND_INS):
+            unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
     except Exception:  # not a zip file, or too damaged to look into
         unsafe = re.findall(r"(?:GLOBAL |Unsupported global: GLOBAL )([\w.]+)", str(error))
     if unsafe:
@@ -240,7 +270,10 @@ def _download(entry: Weights) -> Path:
     name = f"{entry.model}.{entry.tag}{Path(urlsplit(entry.url).path).suffix or '.pth'}"
     path = cache_folder() / name
     host = urlsplit(entry.url).hostname
+    retries = logging.getLogger("huggingface_hub.file_download")
+    level = retries.level
     try:
+        retries.setLevel(logging.ERROR)  # what becomes of its retries is told below, in one line
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if path.is_file() and (entry.sha256 or _pin(path).is_file()):
@@ -277,4 +310,6 @@ def _download(entry: Weights) -> Path:
             f"cannot fetch {name} from {host} ({type(error).__name__}); "
             "download it by hand and pass checkpoint_path"
         ) from error
+    finally:
+        retries.setLevel(level)
     return path

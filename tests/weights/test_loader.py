@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import http.server
 import os
@@ -9,8 +10,10 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -49,6 +52,56 @@ def test_a_file_with_code_in_it_is_refused_and_the_code_does_not_run(form, force
     assert not canary.exists()
     if form == "zip":
         assert "mkdir" in str(caught.value)
+
+
+class CfgNode(dict):
+    """What yacs calls its settings: a dictionary with attributes of its own."""
+
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, **settings)
+        self.__dict__["__immutable__"] = True
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_settings_pickled_beside_the_weights_are_left_aside(form, tmp_path, monkeypatch):
+    yacs = types.ModuleType("yacs.config")
+    yacs.CfgNode = CfgNode
+    monkeypatch.setattr(CfgNode, "__module__", "yacs.config")
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", yacs)
+    content = {
+        "model": {"w": torch.ones(2)},
+        "config": CfgNode(MODEL=CfgNode(NAME="swin", DIMS=[1, 2]), EPOCHS=3),
+        "args": argparse.Namespace(lr=1e-3, opt="adamw"),
+        "max_accuracy": np.float64(82.0) if form == "zip" else np.float32(82.0),
+        "epoch": 300,
+    }
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=form == "zip")
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    assert loader.read_state_dict(tmp_path / "w.pth").keys() == {"w"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (argparse.Namespace.__setattr__, (argparse.Namespace(), "a", 1)),
+        (os.system, ("echo",)),
+        (np.dtype, ("O", False, True)),
+    ],
+)
+def test_a_stand_in_opens_no_way_around_the_refusal(call, tmp_path, monkeypatch):
+    """The stand-ins are looked up by their exact name; anything else near them stays refused or unread."""
+
+    class Call:
+        def __reduce__(self):
+            return call
+
+    torch.save({"model": {"w": torch.ones(2)}, "config": [Call()]}, tmp_path / "w.pth")
+    if call[0] is np.dtype:
+        assert loader.read_state_dict(tmp_path / "w.pth").keys() == {"w"}
+    else:
+        with pytest.raises(zoo.IntegrityError, match="could run code|not a readable"):
+            loader.read_state_dict(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
