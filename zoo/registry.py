@@ -21,13 +21,15 @@ log = logging.getLogger("zoo")
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
 
-# Keyword arguments that timm's builder takes before the model sees the rest.
+# Keyword arguments that are taken before the model sees the rest, by timm's builder and by ours.
 _BUILDER_ARGUMENTS = (
     "features_only",
     "out_indices",
     "feature_cls",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
+    "attention",
+    "attention_kwargs",
 )
 
 
@@ -107,8 +109,10 @@ def create_model(
 
     `pretrained` loads the published weights (True, or a tag that `model_info` lists), `checkpoint_path` a
     file. `num_classes` None keeps the model's own count, 0 removes the classifier; another count than the
-    weights' leaves the classifier as initialised. Other arguments are the model's (drop_path_rate, dilations
-    ...) or timm's (features_only, out_indices, in_chans ...).
+    weights' leaves the classifier as initialised. `attention` builds the model's body with another mechanism
+    ("neighborhood", "window" ...; `zoo.attention.swap` has them all) and `attention_kwargs` are that
+    mechanism's arguments. Other arguments are the model's (drop_path_rate, dilations ...) or timm's
+    (features_only, out_indices, in_chans ...).
     Raises: ConfigError for an unknown name or argument; IntegrityError for weights that do not fit.
     """
     entry = _find(name)
@@ -121,6 +125,11 @@ def create_model(
             )
     if pretrained and checkpoint_path is not None:
         raise ConfigError("give either pretrained or checkpoint_path, not both")
+    if (pretrained or checkpoint_path is not None) and kwargs.get("attention"):
+        raise ConfigError(
+            f"weights of {name} do not fit another attention; build it without weights, "
+            "then zoo.load_checkpoint(model, path, strict=False) takes the layers that are the same"
+        )
     if num_classes is not None:
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ConfigError(f"num_classes must be 0 (no classifier) or more, found {num_classes!r}")
@@ -324,7 +333,10 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
         row = {f.name for f in fields(entry.config)} - set(inspect.signature(entry.model.__init__).parameters)
         config = replace(entry.config, **{key: kwargs.pop(key) for key in row & kwargs.keys()})
         kwargs.setdefault("num_classes", config.num_classes)
-        return build_model_with_cfg(
+        attention, attention_kwargs = kwargs.pop("attention", None), kwargs.pop("attention_kwargs", None)
+        if attention is None and attention_kwargs:
+            raise ConfigError("attention_kwargs are the arguments of attention=, which is not given")
+        model = build_model_with_cfg(
             entry.model,
             entry.timm_name,
             pretrained,
@@ -336,6 +348,11 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
             feature_cfg={"out_indices": entry.model.default_features(config), "feature_cls": "getter"},
             **kwargs,
         )
+        if attention is not None:
+            from zoo.attention.swap import swap_attention
+
+            swap_attention(getattr(model, "model", model), attention, attention_kwargs)
+        return model
 
     build.__name__ = build.__qualname__ = entry.timm_name
     build.__module__ = entry.model.__module__

@@ -40,7 +40,7 @@ class NeighborhoodAttention(nn.Module):
             raise ValueError(f"dim {dim} must be a multiple of num_heads {num_heads}")
         if dilation != "largest" and (not isinstance(dilation, int) or dilation < 1):
             raise ValueError(f"dilation must be a positive number or 'largest', found {dilation!r}")
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.scale = scale
