@@ -15,18 +15,26 @@ from zoo.layers.checkpoint import checkpoint
 class Backbone(nn.Module):
     """Token maps stay [B, Y, X, C] inside; images come in and feature maps go out as [B, C, height, width].
 
-    A family sets `stage_list` (the attribute that holds its stages), builds `self.stem_*` layers behind
-    `stem`, and calls `add_head`. A stage is a module with `blocks` and, except for the last, `downsample`;
-    features are taken between the two.
+    A family sets `stage_list`, `norm_name` and `head_name` (the attributes that hold its stages, its last
+    norm and its classifier, as its checkpoints call them), builds `self.stem_*` layers behind `stem`, and
+    calls `add_head`. A stage is a module with `blocks` and, except for the last, `downsample`; features are
+    taken between the two.
     """
 
     output_fmt = "NHWC"
     stage_list = "stages"
+    norm_name = "norm"
+    head_name = "head"
 
     @property
     def stages_(self) -> nn.ModuleList:
         """The stages, whatever the family's checkpoints call them."""
         return getattr(self, self.stage_list)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm behind the last stage, whatever the family's checkpoints call it."""
+        return getattr(self, self.norm_name)
 
     def add_head(
         self,
@@ -49,7 +57,8 @@ class Backbone(nn.Module):
         self.grad_checkpointing = False
         self.global_pool = _pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+        head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+        setattr(self, self.head_name, head)
 
     def stem(self, x: Tensor) -> Tensor:
         """Image [B, C, height, width] to the first token map [B, Y, X, C]."""
@@ -76,12 +85,12 @@ class Backbone(nn.Module):
             x = self.forward_stage(stage, x)
             if i + 1 < len(self.stages_):
                 x = self.next_resolution(stage, x)
-        return self.norm(x)
+        return self.last_norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Token map [B, Y, X, C] to logits [B, num_classes], or to pooled features with `pre_logits`."""
         x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image [B, C, height, width] to logits [B, num_classes]."""
@@ -110,14 +119,14 @@ class Backbone(nn.Module):
         for i, stage in enumerate(self.stages_):
             x = self.forward_stage(stage, x)
             if i in take:
-                feature = self.norm(x) if norm and i == final else x
+                feature = self.last_norm(x) if norm and i == final else x
                 features.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
             if i == final or (stop_early and i == last):
                 break
             x = self.next_resolution(stage, x)
         if intermediates_only:
             return features
-        return (self.norm(x) if i == final else x), features
+        return (self.last_norm(x) if i == final else x), features
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -131,14 +140,14 @@ class Backbone(nn.Module):
                 self.stages_[-1].downsample = None
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm or shorter:
-            self.norm = nn.Identity()
+            setattr(self, self.norm_name, nn.Identity())
         if prune_head or shorter:
             self.reset_classifier(0, "")
         return take
 
     def get_classifier(self) -> nn.Module:
         """Return the layer that makes logits."""
-        return self.head
+        return getattr(self, self.head_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one for `num_classes` (0: none), and the pooling where given."""
@@ -147,12 +156,12 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = _pool(global_pool)
-        self.head = nn.Identity()
+        head = nn.Identity()
         if num_classes:
-            self.head = nn.Linear(
+            head = nn.Linear(
                 self.num_features, num_classes, device=parameter.device, dtype=parameter.dtype
             ).requires_grad_(trainable)
-        self.head.train(self.training)
+        setattr(self, self.head_name, head.train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only block inputs in training and compute the rest again in backward."""
