@@ -334,7 +334,8 @@ def _assemble(
 
 def _from_name(name: str) -> Trained:
     from zoo import create_model, list_models
-    from zoo.weights.loader import entries_of, read_pretrained
+    from zoo.weights.loader import read_pretrained
+    from zoo.weights.manifest import entries_of
 
     if name not in list_models():
         near = did_you_mean(name, list_models())

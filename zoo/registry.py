@@ -174,7 +174,7 @@ def list_models(
         if fnmatchcase(entry.name, pattern) and family in (None, entry.family) and task in (None, entry.task)
     )
     if pretrained:
-        from zoo.weights.loader import entries_of
+        from zoo.weights.manifest import entries_of
 
         names = (name for name in names if entries_of(name))
     return sorted(names)
@@ -188,7 +188,7 @@ def model_info(name: str) -> ModelInfo:
     import torch
 
     from zoo.layers import count_macs
-    from zoo.weights.loader import entries_of
+    from zoo.weights.manifest import entries_of
 
     entry = _find(name)
     with torch.device("meta"):
@@ -265,6 +265,11 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bo
     }
     if not fitting:
         raise IntegrityError(f"{source} has no entry that fits {type(target).__name__}")
+    for key, value in fitting.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise IntegrityError(
+                f"{source}: {key} holds infinite numbers or NaN; training went wrong or it is damaged"
+            )
     target.load_state_dict(fitting, strict=False)
     return sorted(
         [*skipped, *problems["missing"], *extra, *(key.split()[0] for key in problems["misshapen"])]
@@ -366,7 +371,7 @@ def _timm_cfgs(entry: Entry, cfg: Mapping[str, Any]) -> Any:
 
     from timm.models import DefaultCfg, PretrainedCfg
 
-    from zoo.weights.loader import entries_of
+    from zoo.weights.manifest import entries_of
 
     config = entry.config
     common = {
@@ -382,6 +387,7 @@ def _timm_cfgs(entry: Entry, cfg: Mapping[str, Any]) -> Any:
             **{
                 **common,
                 "url": weights.url or "",
+                "hf_hub_id": "/".join((weights.hub or "").split("/")[:2]) or None,
                 "file": str(weights.packaged) if weights.packaged else None,
                 "license": weights.license,
                 "origin_url": weights.source or "",

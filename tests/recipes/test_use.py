@@ -180,7 +180,7 @@ def test_imagenet_folders_are_known_by_their_synsets(finished, tmp_path):
 
 
 def test_the_shipped_digits_model_is_as_good_as_its_manifest_says():
-    from zoo.weights.loader import entries_of
+    from zoo.weights.manifest import entries_of
 
     (entry,) = entries_of("nat_digits")
     result = api.evaluate("nat_digits")

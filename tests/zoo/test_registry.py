@@ -153,3 +153,14 @@ def test_one_channel_models_take_colour_weights(model, tmp_path):
     image = torch.randn(1, 1, 32, 32)
     model.eval(), grey.eval()
     torch.testing.assert_close(grey(image), model(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_with_nan_in_them_are_refused_by_name(tmp_path):
+    model = zoo.create_model("nat_digits")
+    state = model.state_dict()
+    state["levels.1.blocks.0.mlp.fc1.weight"][3, 4] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    before = {key: value.clone() for key, value in model.state_dict().items() if "levels.1" not in key}
+    with pytest.raises(zoo.IntegrityError, match="nan.pth: levels.1.blocks.0.mlp.fc1.weight holds infinite"):
+        zoo.load_checkpoint(model, tmp_path / "nan.pth")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
