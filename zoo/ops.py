@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from zoo.errors import did_you_mean
+from zoo.kernels.block_sparse import op as _block_sparse
+from zoo.kernels.block_sparse.blocks import BlockList
+from zoo.kernels.block_sparse.op import block_sparse_attention
+from zoo.kernels.deformable import op as _deformable
+from zoo.kernels.deformable.op import deformable_attention, deformable_sample
 from zoo.kernels.dispatch import Availability, Explanation, backends, current_backend, use_backend
+from zoo.kernels.merge.op import merge_attentions
 from zoo.kernels.neighborhood import op as _neighborhood
 from zoo.kernels.neighborhood.natten import na1d, na2d, na3d
 from zoo.kernels.neighborhood.op import neighborhood_attention, neighborhood_indices
 
-_EXPLAIN = {"neighborhood_attention": _neighborhood.explain}
+_EXPLAIN = {
+    "deformable_attention": _deformable.explain_attention,
+    "deformable_sample": _deformable.explain_sample,
+    "neighborhood_attention": _neighborhood.explain,
+}
 
 __all__ = [
     "Availability",
+    "BlockList",
     "Explanation",
     "backends",
+    "block_sparse_attention",
     "current_backend",
+    "deformable_attention",
+    "deformable_sample",
     "explain",
+    "merge_attentions",
     "na1d",
     "na2d",
     "na3d",
