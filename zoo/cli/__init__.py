@@ -14,7 +14,7 @@ def build() -> object:
     """Build the typer application; imported late so that a shell completion stays fast."""
     import typer
 
-    from zoo.cli import models, recipes
+    from zoo.cli import models, recipes, weights
 
     app = typer.Typer(
         name="zoo",
@@ -34,6 +34,7 @@ def build() -> object:
     app.command("eval")(recipes.evaluate)
     app.command("predict")(recipes.predict)
     app.add_typer(recipes.recipes, name="recipes")
+    app.add_typer(weights.weights, name="weights")
     app.command("doctor")(models.doctor)
     return app
 

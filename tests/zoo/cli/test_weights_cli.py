@@ -1,0 +1,120 @@
+"""`zoo weights`: list, get, convert, verify and pin, against real files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import zoo
+from zoo.checkpoints import find_weights
+from zoo.cli import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = main(arguments)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A file as its authors would publish it: wrapped, with more beside the weights."""
+    torch.manual_seed(0)
+    model = zoo.create_model("nat_digits")
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "published.pth")
+    return tmp_path / "published.pth", model
+
+
+def test_list_tells_where_weights_lie_and_whether_they_are_here(capsys):
+    status, out, _ = run(capsys, "weights", "list", "nat*", "--json")
+    rows = {f"{row['model']}.{row['tag']}": row for row in json.loads(out)}
+    assert status == 0
+    assert rows["nat_digits.digits"]["where"] == "in the package" and rows["nat_digits.digits"]["here"]
+    assert rows["nat_mini.in1k"]["where"] == "shi-labs.com"
+    assert "nat_mini.in1k" in run(capsys, "weights", "list", "nat_mini")[1]
+
+
+def test_get_prints_where_the_verified_file_is(capsys):
+    status, out, _ = run(capsys, "weights", "get", "nat_digits")
+    assert (status, out.strip().endswith("nat_digits.safetensors")) == (0, True)
+
+
+def test_convert_keeps_every_number_and_says_where_it_came_from(published, tmp_path, capsys):
+    source, model = published
+    output = tmp_path / "out.safetensors"
+    assert run(capsys, "weights", "convert", str(source), "nat_digits", str(output))[0] == 0
+    with safe_open(output, framework="pt") as file:
+        facts = file.metadata()
+    assert facts["model"] == "nat_digits"
+    assert facts["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    again = zoo.create_model("nat_digits", checkpoint_path=output)
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+    status, _, err = run(capsys, "weights", "convert", str(source), "nat_digits", str(output))
+    assert (status, "exists" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("norm.weight"), "1 missing: norm.weight"),
+        (lambda state: state.update(other=torch.zeros(1)), "1 unexpected: other"),
+        (lambda state: state.update({"norm.weight": torch.zeros(3)}), r"norm.weight \[3\] instead of \[96\]"),
+    ],
+)
+def test_convert_refuses_what_does_not_fit_and_writes_nothing(change, message, tmp_path, capsys):
+    state = zoo.create_model("nat_digits").state_dict()
+    change(state)
+    torch.save(state, tmp_path / "w.pth")
+    status, _, err = run(capsys, "weights", "convert", str(tmp_path / "w.pth"), "nat_digits", "o.safetensors")
+    assert status == 4
+    assert re.search(message, err) and len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+
+
+def test_verify_looks_at_hash_numbers_and_fit(published, tmp_path, capsys):
+    status, out, _ = run(capsys, "weights", "verify")
+    assert status == 0
+    assert "nat_digits.digits: sound, sha256" in out
+    source, _ = published
+    assert run(capsys, "weights", "verify", str(source), "--model", "nat_digits")[0] == 0
+    status, out, _ = run(capsys, "weights", "verify", str(source), "--model", "nat_mini")
+    assert (status, "does not fit" in out) == (4, True)
+    state = zoo.create_model("nat_digits").state_dict()
+    state["norm.weight"][0] = float("inf")
+    torch.save(state, tmp_path / "inf.pth")
+    status, out, err = run(capsys, "weights", "verify", str(tmp_path / "inf.pth"))
+    assert (status, "norm.weight holds infinite" in out) == (4, True)
+    state["norm.weight"][0] = 0
+    state["head.weight"].zero_()
+    torch.save(state, tmp_path / "zero.pth")
+    status, out, _ = run(capsys, "weights", "verify", str(tmp_path / "zero.pth"))
+    assert (status, "head.weight is all zero" in out) == (0, True)
+
+
+def test_pin_prints_what_a_manifest_states(capsys):
+    status, out, _ = run(capsys, "weights", "pin", "nat_digits")
+    entry = find_weights("nat_digits")
+    assert (status, out.split()) == (0, ["sha256:", entry.sha256, "size:", str(entry.size)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["get", "nat_min"], 2, "no published weights are called 'nat_min'; did you mean nat_mini"),
+        (["list", "q*"], 2, "no weights match 'q*'"),
+        (["pin", "nat_mini"], 2, "zoo weights get nat_mini"),
+        (["verify", "nothere.pth"], 2, "no weights file nothere.pth"),
+        (["convert", "nothere.pth", "nat_digits", "o.safetensors"], 2, "no weights file nothere.pth"),
+        (["convert", "nothere.pth", "nat_digits", "o.pth"], 2, "must end in .safetensors"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, status, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path))
+    found, _, err = run(capsys, "weights", *arguments)
+    assert (found, message in err) == (status, True)
+    assert len(err.splitlines()) == 1
