@@ -16,7 +16,8 @@ SOURCES = sorted(
 
 # Calls that can run what a file says, by the end of their dotted name.
 BANNED = (
-    "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "dill.loads", "joblib.load", "cloudpickle.load",
+    "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "dill.loads", "joblib.load",
+    "cloudpickle.load",
     "marshal.load", "marshal.loads", "torch.package.PackageImporter",
     "torch.export.load", "torch.jit.load", "torch.hub.load", "load_state_dict_from_url",
     "checkpoint.load", "dcp.load", "load_from_checkpoint",
