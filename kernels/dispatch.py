@@ -12,6 +12,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.autograd import forward_ad
+
 from zoo.errors import did_you_mean
 
 
@@ -96,6 +99,18 @@ def resolve(op: str, requested: str, call: Any) -> tuple[Backend, str]:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use {' or '.join(able)}")
     names = ["auto", *(backend.name for backend in table)]
     raise ValueError(f"{op} has no backend {name!r}; use {', '.join(names)}{did_you_mean(name, names)}")
+
+
+def why_not_opaque() -> str | None:
+    """Say why an operator that PyTorch cannot look into would be wrong here: it has a backward rule only."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is at work"
+    # A custom operator drops the tangents of forward-mode differentiation without a word.
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is at work"
+    return None
 
 
 def backends() -> list[Availability]:

@@ -15,6 +15,7 @@ from zoo.kernels.neighborhood.natten import na1d, na2d, na3d
 from zoo.kernels.neighborhood.op import neighborhood_attention, neighborhood_indices
 
 _EXPLAIN = {
+    "block_sparse_attention": _block_sparse.explain,
     "deformable_attention": _deformable.explain_attention,
     "deformable_sample": _deformable.explain_sample,
     "neighborhood_attention": _neighborhood.explain,

@@ -1,0 +1,207 @@
+"""Block-sparse attention: check the arguments, choose a backend, compute."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.kernels import dispatch
+from zoo.kernels.block_sparse import reference, schema
+from zoo.kernels.block_sparse.blocks import BlockList
+
+OP = "block_sparse_attention"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call: consistent tensors; the bias, if any, has four axes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocks: BlockList
+    scale: float
+    bias: Tensor | None
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockList,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from every block of queries to the blocks of keys listed for it.
+
+    A query that sees no key gets exactly 0, LSE -inf and finite gradients.
+
+    Shapes: q [B, N, Hq, D], k [B, M, Hkv, D], v [B, M, Hkv, Dv]; query head h reads key head
+        h // (Hq // Hkv). blocks: `BlockList.from_mask`, `from_indices` or `from_segments`; its lists are
+        shared or one for each image or query head. bias [N, M], [Hq, N, M] or [B, Hq, N, M] with 1 for B or
+        Hq where it is shared, added to the logits unscaled; -inf hides a key. Returns [B, N, Hq, Dv] and,
+        with `return_lse`, the natural-log LSE [B, N, Hq], differentiable too.
+    Units: scale multiplies q.k and is D**-0.5 by default.
+    Numerics: logits and softmax in at least float32, result in q's dtype.
+    Raises: ValueError for arguments that do not fit each other; RuntimeError when a named backend cannot run
+        the call.
+    """
+    call = _check(q, k, v, blocks, scale=scale, bias=bias, return_lse=return_lse)
+    chosen, _ = dispatch.resolve(OP, backend, call)
+    # The call's dtypes are settled; autocast must not change them inside.
+    with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
+        out, lse = chosen.run(call)
+    out = out.to(call.q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, *, backend: str = "auto", **options: Any
+) -> dispatch.Explanation:
+    """Say which backend `block_sparse_attention` with these arguments would use, how, and why."""
+    call = _check(q, k, v, blocks, **options)
+    chosen, reason = dispatch.resolve(OP, backend, call)
+    return dispatch.Explanation(OP, chosen.name, chosen.configuration(call), reason)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockList,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    return_lse: bool = False,
+) -> Call:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, N, H, D], found shape {tuple(x.shape)}")
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    if k.shape[0] != batch or k.shape[3] != width:
+        raise ValueError(f"k must have q's batch and width {batch}, {width}, found {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v must have k's batch, tokens and heads {tuple(k.shape[:3])}, found {tuple(v.shape)}"
+        )
+    if width == 0 or v.shape[3] == 0:
+        raise ValueError(f"q and v must have channels, found {tuple(q.shape)} and {tuple(v.shape)}")
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"q's {heads} heads must be a multiple of k's {kv_heads} heads, and neither may be 0"
+        )
+    _check_blocks(blocks, q, keys)
+    if bias is not None:
+        if not 2 <= bias.ndim <= 4:
+            raise ValueError(f"bias must be [N, M], [Hq, N, M] or [B, Hq, N, M], found {tuple(bias.shape)}")
+        bias = bias[(None,) * (4 - bias.ndim)]
+        if (
+            bias.shape[0] not in (1, batch)
+            or bias.shape[1] not in (1, heads)
+            or bias.shape[2:] != (queries, keys)
+        ):
+            raise ValueError(
+                f"bias must be [B or 1, Hq or 1, N, M] = [{batch} or 1, {heads} or 1, {queries}, {keys}], "
+                f"found {tuple(bias.shape)}"
+            )
+
+    dtype = q.dtype
+    if _autocasts(q) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+    for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
+        if x is None:
+            continue
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
+        if x.dtype != q.dtype and dtype == q.dtype and x is not bias:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, found {x.dtype}")
+    if isinstance(scale, Tensor):
+        raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    return Call(q, k, v, blocks, width**-0.5 if scale is None else float(scale), bias)
+
+
+def _check_blocks(blocks: BlockList, q: Tensor, keys: int) -> None:
+    if not isinstance(blocks, BlockList):
+        raise ValueError(
+            f"blocks must be a BlockList, found {type(blocks).__name__}; make one with BlockList.from_mask, "
+            "from_indices or from_segments"
+        )
+    for name, tokens, size, found in (
+        ("queries", q.shape[1], blocks.query_size, blocks.query_blocks),
+        ("keys", keys, blocks.key_size, blocks.key_blocks),
+    ):
+        if found != -(-tokens // size):
+            raise ValueError(
+                f"blocks must cut {tokens} {name} into {-(-tokens // size)} blocks of {size}, "
+                f"found {found} blocks"
+            )
+    lists = tuple(blocks.offsets.shape[:2])
+    if lists[0] not in (1, q.shape[0]) or lists[1] not in (1, q.shape[2]):
+        raise ValueError(
+            f"blocks must hold [B or 1, Hq or 1] = [{q.shape[0]} or 1, {q.shape[2]} or 1] lists, "
+            f"found {lists}"
+        )
+    if blocks.offsets.device != q.device:
+        raise ValueError(
+            f"blocks must be on q's device {q.device}, found {blocks.offsets.device}; use blocks.to(q.device)"
+        )
+    for name, segments, tokens in (
+        ("query_segments", blocks.query_segments, q.shape[1]),
+        ("key_segments", blocks.key_segments, keys),
+    ):
+        if segments is not None and segments.shape != (tokens,):
+            raise ValueError(f"the groups of blocks.{name} hold {len(segments)} tokens, found {tokens}")
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+# Backends ---------------------------------------------------------------------------------------------------
+
+
+def _run(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    blocks = call.blocks
+    return schema.forward(
+        call.q, call.k, call.v, call.bias, blocks.offsets, blocks.indices, blocks.inverse_offsets,
+        blocks.inverse_indices, blocks.query_segments, blocks.key_segments, blocks.query_size,
+        blocks.key_size, call.scale, backend,
+    )  # fmt: skip
+
+
+def _cpu_why_not(call: Call) -> str | None:
+    if call.q.device.type != "cpu":
+        return f"the tensors are on {call.q.device}"
+    return dispatch.why_not_opaque()
+
+
+dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "cpu",
+        run=lambda call: _run(call, "cpu"),
+        why_not=_cpu_why_not,
+        configuration=lambda call: (
+            f"blocks of {call.blocks.query_size} queries and {call.blocks.key_size} keys"
+        ),
+    ),
+    dispatch.Backend(
+        "reference",
+        run=lambda call: reference.block_sparse_attention(
+            call.q, call.k, call.v, call.blocks, call.scale, call.bias
+        ),
+        why_not=lambda call: None,
+    ),
+)
