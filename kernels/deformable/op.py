@@ -54,7 +54,7 @@ def deformable_sample(x: Tensor, positions: Tensor, *, backend: str = "auto") ->
     """
     call = _check_sample(x, positions)
     chosen, _ = dispatch.resolve(SAMPLE, backend, call)
-    with _no_autocast(x):
+    with without_autocast(x):
         return chosen.run(call).to(x.dtype)
 
 
@@ -93,7 +93,7 @@ def deformable_attention(
         q, k, v, positions, table, query_grid=query_grid, bias=bias, scale=scale, return_lse=return_lse
     )
     chosen, _ = dispatch.resolve(ATTENTION, backend, call)
-    with _no_autocast(q):
+    with without_autocast(q):
         out, lse = chosen.run(call)
     out = out.to(call.q.dtype)
     return (out, lse) if return_lse else out
@@ -215,8 +215,8 @@ def _autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _no_autocast(x: Tensor) -> Any:
-    """The call's dtypes are settled; autocast must not change them inside."""
+def without_autocast(x: Tensor) -> Any:
+    """A block in which autocast does not change dtypes: those of the call are settled."""
     return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
 
 

@@ -10,6 +10,7 @@ from zoo import ops
 from zoo.attention.capture import AttentionRecord
 from zoo.attention.layers import ChannelNorm, Convolution, Pointwise
 from zoo.errors import ConfigError
+from zoo.kernels.deformable.op import without_autocast
 from zoo.kernels.deformable.reference import displacements
 
 POSITION_BIASES = ("table", "log_cpb", "fixed", "dwc", None)
@@ -131,7 +132,7 @@ class DeformableAttention(nn.Module):
         hidden = self.conv_offset[:3](by_group)
         last = self.conv_offset[3]
         # A position in low precision is wrong by a part of a token.
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             shift = last(hidden.to(last.weight.dtype))
         shift = shift.to(torch.promote_types(shift.dtype, torch.float32))  # [B * G, rows, columns, 2]
         factor = self.offset_range_factor
@@ -195,7 +196,7 @@ class DeformableAttention(nn.Module):
         q, k, _, options = self._project(x)
         q, k = q.float(), k.float()
         each = torch.eye(k.shape[1], device=k.device)[None, :, None].expand(*k.shape[:3], -1)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weights = ops.deformable_attention(
                 q, k, each, **options
             )  # keys as values: what is left is weights

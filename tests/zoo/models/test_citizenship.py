@@ -51,6 +51,8 @@ def test_layer_decay_sees_as_many_layers_as_there_are(name):
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 56), (45, 37), (17, 33), (4, 4)])
 def test_any_image_size_runs_forward_and_backward(name, height, width):
     model = build(name).train()
+    _, *least = model.default_cfg.get("min_input_size") or (0, 1, 1)
+    height, width = max(height, least[0]), max(width, least[1])
     logits = model(image(model, height=height, width=width))
     logits.square().sum().backward()
     assert logits.shape == (2, 10)
