@@ -6,10 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.recipes.config import Recipe, recipe
-    from zoo.recipes.evaluate import Evaluation, evaluate
-    from zoo.recipes.predict import Prediction, predict
+    from zoo.recipes.config import recipe
+    from zoo.recipes.evaluate import evaluate
+    from zoo.recipes.predict import predict
     from zoo.recipes.run_folder import Trained, load_trained
+    from zoo.recipes.schema import Recipe
+    from zoo.recipes.tasks.base import Evaluation, Prediction
     from zoo.recipes.train import RunResult, train
 
 __all__ = [
@@ -26,11 +28,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Recipe": "config",
+    "Recipe": "schema",
     "recipe": "config",
-    "Evaluation": "evaluate",
+    "Evaluation": "tasks.base",
     "evaluate": "evaluate",
-    "Prediction": "predict",
+    "Prediction": "tasks.base",
     "predict": "predict",
     "Trained": "run_folder",
     "load_trained": "run_folder",

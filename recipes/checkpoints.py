@@ -42,18 +42,25 @@ class Stopped(BaseException):
 
 
 class Checkpoints(pl.Callback):
-    """Saves `last` every so many steps, every epoch and on SIGTERM and SIGINT; `best` by validation accuracy.
+    """Saves `last` every so many steps, every epoch and on SIGTERM and SIGINT; `best` by the task's metric.
 
     A checkpoint is written only between optimiser steps. What is random follows from the position, and the
     position is in the checkpoint: nothing else is needed to go on exactly.
     """
 
     def __init__(
-        self, folder: Path, loader: EpochLoader, facts: dict[str, Any], *, save_every: int, keep_best: int
+        self,
+        folder: Path,
+        loader: EpochLoader,
+        facts: dict[str, Any],
+        *,
+        monitor: str,
+        save_every: int,
+        keep_best: int,
     ) -> None:
-        self.folder, self.loader, self.facts = folder, loader, facts
+        self.folder, self.loader, self.facts, self.monitor = folder, loader, facts, monitor
         self.save_every, self.keep_best = save_every, keep_best
-        self.ranking: list[dict[str, float]] = []  # the best validations, best first: top1, loss, epoch
+        self.ranking: list[dict[str, float]] = []  # the best validations, best first: score, loss, epoch
         self.step = 0
         self.signal: int | None = None
 
@@ -99,12 +106,12 @@ class Checkpoints(pl.Callback):
         score: dict[str, float] = {}
         if result:
             score = {
-                "top1": result["val_top1"],
+                "score": result[self.monitor],
                 "loss": result["val_loss"],
                 "epoch": trainer.current_epoch + 1,
             }
             self.ranking.append(score)
-            self.ranking.sort(key=lambda each: (-each["top1"], each["loss"]))
+            self.ranking.sort(key=lambda each: (-each["score"], each["loss"]))
         dropped = self.ranking[self.keep_best :]
         del self.ranking[self.keep_best :]
         names = [LAST]

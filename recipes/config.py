@@ -1,4 +1,4 @@
-"""What a recipe may say: typed dataclasses, read from YAML and `key=value`, checked before anything runs.
+"""Recipes are read from YAML and `key=value` into typed dataclasses, and checked before anything runs.
 
 A recipe holds names and numbers only. Nothing in it is imported or executed: names are looked up in closed
 lists, unknown keys and wrong types are refused; the only interpolations are `${oc.env:NAME}`, `${other.key}`.
@@ -12,11 +12,10 @@ import io
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass
-from enum import Enum
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,192 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from zoo.errors import ConfigError, did_you_mean
+from zoo.recipes.schema import RECIPES, Recipe, pick, put
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 TO_BE_GIVEN = "(to be given)"
-PRECISIONS = (
-    "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "transformer-engine",
-)  # fmt: skip
-
-
-# Constraints live beside the field they belong to, so that the check and its test find them by introspection.
-def number(
-    default: Any, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf, length: int = 0
-) -> Any:
-    """A field of finite numbers, `> above`, `>= low`, `<= high`; `length` of them where it is a list."""
-    metadata = {"above": above, "low": low, "high": high, "length": length}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def choice(default: Any, names: Sequence[str] | Callable[[], Sequence[str]], *, slow: bool = False) -> Any:
-    """A field with one of `names`, or of what `names()` returns; `slow` where that imports torch."""
-    return field(default=default, metadata={"names": names, "slow": slow})
-
-
-def _models() -> Sequence[str]:
-    from zoo import list_models
-
-    return list_models()
-
-
-def _optimizers() -> Sequence[str]:
-    from timm.optim import list_optimizers
-
-    return list_optimizers()
-
-
-def _data_sets() -> Sequence[str]:
-    from zoo.recipes.data import NAMES
-
-    return NAMES
-
-
-@dataclass(kw_only=True)
-class Model:
-    """The network and what it starts from."""
-
-    name: str = choice("???", _models, slow=True)
-    pretrained: bool = False  # the published or shipped weights of this name
-    checkpoint: str | None = None  # or a file, or another model whose published weights are taken
-    num_classes: int | None = number(None, low=1)  # None: as many as the data has; else checked against it
-    drop_path_rate: float | None = number(None, low=0, high=0.99)
-    grad_checkpointing: bool = False  # recompute in backward: less memory, about a third more time
-    args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the model
-
-
-@dataclass(kw_only=True)
-class Data:
-    """Where the images are and how many travel together; None leaves a value to the model."""
-
-    name: str = choice("???", _data_sets)
-    root: str | None = None  # folder: holds train/ and val/; torchvision: where its files are kept
-    download: bool = False  # torchvision sets only
-    batch_size: int = number(64, low=1)  # images per process and step
-    val_batch_size: int | None = number(None, low=1)
-    workers: int = number(2, low=0, high=512)  # reader processes for each training process
-    image_size: int | None = number(None, low=1, high=16384)
-    crop_pct: float | None = number(None, above=0, high=1)  # share of the side that validation keeps
-    mean: list[float] | None = number(None, length=3)
-    std: list[float] | None = number(None, above=0, length=3)
-    interpolation: str | None = choice(None, ("bicubic", "bilinear", "nearest", "lanczos"))
-    bad_images: str = choice("error", ("error", "skip"))  # skip: go on without, list them in bad_files.txt
-    max_bad: float = number(
-        0.01, low=0, high=1
-    )  # with skip: stop above this share (five files are always allowed)
-
-
-@dataclass(kw_only=True)
-class Augment:
-    """Changes to training images; every random number follows from seed, epoch and image."""
-
-    crop_scale: list[float] | None = number(
-        [0.08, 1.0], above=0, high=1, length=2
-    )  # None: resize, do not crop
-    crop_ratio: list[float] = number([0.75, 4 / 3], above=0, length=2)
-    interpolation: str = choice("random", ("random", "bicubic", "bilinear", "nearest", "lanczos"))
-    hflip: float = number(0.5, low=0, high=1)
-    vflip: float = number(0.0, low=0, high=1)
-    rotate: float = number(0.0, low=0, high=180)  # degrees to either side
-    shift: float = number(0.0, low=0, high=1)  # share of the side
-    zoom: float = number(0.0, low=0, high=0.99)  # 0.1: between 0.9 and 1.1
-    shear: float = number(0.0, low=0, high=89)  # degrees to either side
-    color_jitter: float = number(0.0, low=0)  # replaced by auto_augment where that is given, as in timm
-    auto_augment: str | None = None  # timm's notation, such as rand-m9-mstd0.5-inc1
-    random_erasing: float = number(0.0, low=0, high=1)
-    mixup: float = number(0.0, low=0)
-    cutmix: float = number(0.0, low=0)
-    mix_prob: float = number(1.0, low=0, high=1)
-    mix_switch: float = number(0.5, low=0, high=1)  # how often cutmix where both are on
-    label_smoothing: float = number(0.0, low=0, high=0.999)
-
-
-@dataclass(kw_only=True)
-class Optim:
-    """Optimiser and schedule; the learning rate is a function of the step alone."""
-
-    name: str = choice("adamw", _optimizers, slow=True)
-    lr: float = number(1e-3, above=0)
-    lr_base_batch: int | None = number(
-        None, low=1
-    )  # lr belongs to this many images a step; scaled to the actual
-    weight_decay: float = number(0.05, low=0)
-    layer_decay: float | None = number(None, above=0, high=1)
-    betas: list[float] | None = number(None, low=0, high=0.99999, length=2)
-    momentum: float = number(0.9, low=0, high=0.99999)
-    args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the optimiser
-    schedule: str = choice("cosine", ("cosine", "linear", "constant"))
-    epochs: int = number(100, low=1)  # of the schedule
-    cooldown_epochs: int = number(0, low=0)  # after it, at min_lr
-    warmup_epochs: float = number(5.0, low=0)  # replaces the beginning of the schedule, as in timm
-    warmup_lr: float = number(1e-6, low=0)
-    min_lr: float = number(1e-6, low=0)
-    clip_grad: float | None = number(None, above=0)  # norm of all gradients together
-    accumulate: int = number(1, low=1)  # batches for each step
-    ema: float | None = number(
-        None, low=0, high=0.999999
-    )  # decay of the averaged weights, which are then the result
-
-
-@dataclass(kw_only=True)
-class Trainer:
-    """Lightning's own names where Lightning has one, and what the run folder keeps."""
-
-    accelerator: str = choice("auto", ("auto", "cpu", "gpu", "cuda", "mps", "tpu"))
-    devices: int | str = "auto"
-    num_nodes: int = number(1, low=1)
-    strategy: str = "auto"
-    precision: str = choice("32-true", PRECISIONS)
-    deterministic: bool = False  # refuse operations that differ from run to run (GPU)
-    compile: bool = False
-    channels_last: bool = False
-    val_every: int = number(1, low=1)  # epochs
-    log_every: int = number(10, low=1)  # steps
-    save_every: int = number(1000, low=1)  # steps between saves of last.ckpt inside an epoch
-    keep_best: int = number(1, low=1)  # checkpoints kept by validation accuracy
-
-
-@dataclass(kw_only=True)
-class Recipe:
-    """All of a training run that is not code; `zoo.recipe` makes one from a file."""
-
-    task: str = choice("classification", ("classification",))
-    name: str = ""  # of the run folder; the recipe's file name unless given
-    seed: int = number(0, low=0, high=2**31 - 1)
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    optim: Optim = field(default_factory=Optim)
-    trainer: Trainer = field(default_factory=Trainer)
-
-    # What each interpolated key said and became: `plain` puts the former back, so that no secret is saved.
-    _interpolated: typing.ClassVar[dict[str, tuple[str, Any]]] = {}
-
-    def plain(self) -> dict[str, Any]:
-        """Return plain containers for a file, with `${...}` as it was written, not what it stood for."""
-        container = _plain(dataclasses.asdict(self))
-        for key, (written, meant) in self._interpolated.items():
-            if pick(container, key) == meant:
-                put(container, key, written)
-        return container
-
-    def shown(self, key: str) -> Any:
-        """Return the value of a dotted key as a message may show it: as written, never a resolved secret."""
-        return pick(self.plain(), key)
-
-    def conceal(self, text: str) -> str:
-        """Return a text with what interpolations stood for replaced by how they were written."""
-        for written, meant in self._interpolated.values():
-            if isinstance(meant, str) and len(meant) > 2:
-                text = text.replace(meant, written)
-        return text
-
-    def yaml(self) -> str:
-        """Return the recipe as a YAML file that `zoo train` accepts."""
-        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
 
 
 # ---- names and files
@@ -359,32 +178,16 @@ def _merge_plain(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def pick(container: dict[str, Any], key: str) -> Any:
-    """Return the value at a dotted key, or None."""
-    for part in key.split("."):
-        container = container.get(part) if isinstance(container, dict) else None
-    return container
-
-
-def put(container: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value at a dotted key of nested dictionaries, making those on the way."""
-    *parents, leaf = key.split(".")
-    for part in parents:
-        if not isinstance(container.get(part), dict):
-            container[part] = {}
-        container = container[part]
-    container[leaf] = value
-
-
 # ---- from plain to typed
 
 
 def build(raw: dict[str, Any], *, source: str = "recipe", allow_missing: bool = False) -> Recipe:
     """Turn plain containers into a Recipe: known keys, right types, resolved; the values are not checked."""
     _refuse_code(raw, "", source)
-    _check_keys(raw, Recipe, "", source)
+    kind = _kind(raw, source)
+    _check_keys(raw, kind, "", source, kind)
     try:
-        config = OmegaConf.merge(_schema(), OmegaConf.create(raw))
+        config = OmegaConf.merge(_schema(kind), OmegaConf.create(raw))
         missing = sorted(OmegaConf.missing_keys(config))
         if missing and not allow_missing:
             raise ConfigError(f"{source}: {missing[0]} is not given; add {missing[0]}=... to the command")
@@ -392,7 +195,7 @@ def build(raw: dict[str, Any], *, source: str = "recipe", allow_missing: bool = 
             OmegaConf.update(config, key, TO_BE_GIVEN)
         made = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_explain(error, raw)}") from None
+        raise ConfigError(f"{source}: {_explain(error, raw, kind)}") from None
     assert isinstance(made, Recipe)
     resolved = dataclasses.asdict(made)
     written = dict(_leaves(raw))
@@ -404,9 +207,20 @@ def build(raw: dict[str, Any], *, source: str = "recipe", allow_missing: bool = 
     return made
 
 
+def _kind(raw: dict[str, Any], source: str) -> type[Recipe]:
+    """The class of a recipe follows from its task, which is therefore read before all else."""
+    task = raw.get("task", "classification")
+    if not isinstance(task, str):
+        return Recipe  # which says what is wrong with it
+    if task not in RECIPES:
+        near = did_you_mean(task, RECIPES) or f"; one of {', '.join(RECIPES)}"
+        raise ConfigError(f"{source}: unknown task={task!r}{near}")
+    return RECIPES[task]
+
+
 @cache
-def _schema() -> DictConfig:
-    return OmegaConf.structured(Recipe)
+def _schema(kind: type[Recipe]) -> DictConfig:
+    return OmegaConf.structured(kind)
 
 
 @cache
@@ -465,14 +279,14 @@ REFUSED_ARGS = (
 )
 
 
-def _check_keys(raw: dict[str, Any], kind: type, prefix: str, source: str) -> None:
+def _check_keys(raw: dict[str, Any], kind: type, prefix: str, source: str, root: type[Recipe]) -> None:
     """Name an unknown key and the nearest known one, wherever in the recipe that is."""
     hints = _hints(kind)
     known = {item.name for item in dataclasses.fields(kind)}
     for key, value in raw.items():
         path = f"{prefix}{key}"
         if key not in known:
-            every = all_keys()
+            every = all_keys(root)
             same_leaf = [k for k in every if k.rpartition(".")[2] == str(key)]
             near = f"; did you mean {' or '.join(same_leaf)}?" if same_leaf else did_you_mean(path, every)
             raise ConfigError(
@@ -483,9 +297,9 @@ def _check_keys(raw: dict[str, Any], kind: type, prefix: str, source: str) -> No
                 raise ConfigError(
                     f"{source}: {path} is a group of keys, such as {path}.{_first(hints[key])}=..."
                 )
-            _check_keys(value, hints[key], f"{path}.", source)
+            _check_keys(value, hints[key], f"{path}.", source, root)
         elif _is_of_another_shape(value, str(hints[key])):
-            raise ConfigError(f"{source}: {path}={value} is not {_wanted(path)}")
+            raise ConfigError(f"{source}: {path}={value} is not {_wanted(path, root)}")
         elif isinstance(value, dict):
             for name in value:
                 if str(name).startswith(REFUSED_ARGS):
@@ -514,29 +328,12 @@ def all_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as YAML and the safe reader of checkpoints know it, from paths and array scalars too."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, bool | int | float | str) and type(value).__module__ == "builtins" or value is None:
-        return value
-    if hasattr(value, "item"):
-        return value.item()
-    raise ConfigError(f"{value!r} in a recipe is neither a number nor a text; recipes hold plain values only")
-
-
 def environment_names(text: str) -> list[str]:
     """Return the environment variables that a value refers to."""
     return re.findall(r"\$\{\s*oc\.env\s*:\s*([\w.]+)", text)
 
 
-def _explain(error: OmegaConfBaseException, raw: dict[str, Any]) -> str:
+def _explain(error: OmegaConfBaseException, raw: dict[str, Any], root: type[Recipe]) -> str:
     """Say what is wrong with a value, showing it as it was written: a resolved one may be a secret."""
     key = re.sub(r"\[\d+\]", "", error.full_key or "")
     written = pick(raw, key)
@@ -548,11 +345,11 @@ def _explain(error: OmegaConfBaseException, raw: dict[str, Any]) -> str:
             return f"{key}={written} refers to a key that does not exist"
     if isinstance(error, MissingMandatoryValue):
         return f"{key} is not given; add {key}=... to the command"
-    return f"{key}={written!r} is not {_wanted(key)}" if key else str(error).splitlines()[0]
+    return f"{key}={written!r} is not {_wanted(key, root)}" if key else str(error).splitlines()[0]
 
 
-def _wanted(key: str) -> str:
-    kind: Any = Recipe
+def _wanted(key: str, root: type[Recipe]) -> str:
+    kind: Any = root
     for part in key.split("."):
         kind = _hints(kind).get(part) if is_dataclass(kind) else None
     words = {
@@ -575,7 +372,7 @@ def check(made: Recipe, *, names: bool = True) -> None:
 
     `names=False` leaves out the lists that live in torch, timm or the registry. Raises ConfigError.
     """
-    slow = []
+    slow, texts = [], []
     for key, value, metadata in _fields(made):
         if value is None or value == TO_BE_GIVEN:
             continue
@@ -585,12 +382,16 @@ def check(made: Recipe, *, names: bool = True) -> None:
             slow.append((key, value, metadata["names"]))
         elif "names" in metadata:
             _check_name(made, key, value, metadata["names"])
+        elif "is_right" in metadata:
+            texts.append((key, value, metadata))
     _check_together(made)
+    made.refuse()
     if names:
         for key, value, allowed in slow:
             _check_name(made, key, value, allowed)
-        if made.augment.auto_augment is not None:
-            _check_auto_augment(made)
+        for key, value, metadata in texts:
+            if not metadata["is_right"](value):
+                raise ConfigError(f"{key}={made.shown(key)!r} is not {metadata['wanted']}")
 
 
 def _fields(made: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -632,17 +433,9 @@ def _check_name(made: Recipe, key: str, value: str, allowed: Any) -> None:
 
 
 def _check_together(made: Recipe) -> None:
-    optim, augment, data, model = made.optim, made.augment, made.data, made.model
+    optim, data, model = made.optim, made.data, made.model
     if made.name and not re.fullmatch(r"[\w][\w .+-]*", made.name):
         raise ConfigError(f"name={made.shown('name')!r} must be a plain folder name")
-    for key in ("crop_scale", "crop_ratio"):
-        pair = getattr(augment, key)
-        if pair is not None and pair[0] > pair[1]:
-            raise ConfigError(f"augment.{key}={pair} must go from the smaller number to the larger")
-    if (augment.mixup or augment.cutmix) and data.batch_size % 2:
-        raise ConfigError(
-            f"data.batch_size={data.batch_size} must be even with augment.mixup or augment.cutmix"
-        )
     if optim.warmup_epochs > optim.epochs:
         raise ConfigError(
             f"optim.warmup_epochs={optim.warmup_epochs} is longer than optim.epochs={optim.epochs}"
@@ -652,7 +445,7 @@ def _check_together(made: Recipe) -> None:
         raise ConfigError(f"trainer.val_every={made.trainer.val_every} is more than all {epochs} epochs")
     if model.pretrained and model.checkpoint is not None:
         raise ConfigError("model.pretrained and model.checkpoint are both given; choose one start")
-    if data.download and data.name in ("folder", "digits"):
+    if data.download and data.name in data.local:
         raise ConfigError(f"data.download is for torchvision sets; data.name={data.name} needs none")
     if optim.ema is not None and made.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):
         raise ConfigError(
@@ -663,24 +456,3 @@ def _check_together(made: Recipe) -> None:
         raise ConfigError(
             f"optim.ema does not work with trainer.strategy={made.trainer.strategy}; set optim.ema=null"
         )
-
-
-def _check_auto_augment(made: Recipe) -> None:
-    from timm.data.auto_augment import (
-        augment_and_mix_transform,
-        auto_augment_transform,
-        rand_augment_transform,
-    )
-
-    text = made.augment.auto_augment
-    kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
-    kind = next(
-        (make for start, make in kinds.items() if text.startswith(f"{start}-")), auto_augment_transform
-    )
-    try:
-        kind(text, {})
-    except (AssertionError, ValueError, KeyError, IndexError, TypeError):
-        raise ConfigError(
-            f"augment.auto_augment={made.shown('augment.auto_augment')!r} is not timm's notation, "
-            "such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original"
-        ) from None

@@ -6,6 +6,7 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from zoo.recipes.files import write_atomically
 
-COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5")
+COLUMNS = ("epoch", "step", "lr", "train_loss")  # and the metrics of the task
 
 
 class MetricsFile(Logger):
-    """metrics.csv: one row for each logged step and each validation; `step` counts steps done.
+    """metrics.csv: one row for each logged step and each validation of `metrics`; `step` counts steps done.
 
     Rows after the step from which a run continues are removed first, so that the file of a run that was
     killed and resumed equals that of one that was not, byte for byte.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, metrics: Sequence[str]) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.columns = path, (*COLUMNS, *metrics)
 
     @property
     def name(self) -> str:
@@ -46,16 +47,16 @@ class MetricsFile(Logger):
         """Drop the rows of later steps, and what a kill left of a half-written one."""
         kept = [row for row in read_metrics(self.path) if int(row["step"]) <= step]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
         write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {"step": step} | {name: value for name, value in metrics.items() if name in COLUMNS}
+        row = {"step": step} | {name: value for name, value in metrics.items() if name in self.columns}
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
 
 class TensorBoard(Logger):
@@ -104,12 +105,13 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 class Report(pl.Callback):
-    """Shows epoch, step, loss, rate and accuracy: a bar on a terminal, else a line for each validation."""
+    """Shows epoch, step, loss, rate and `monitor`: a bar on a terminal, else a line for each validation."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, monitor: str, label: str, console: Console | None = None) -> None:
+        self.monitor, self.label = monitor, label
         self.console = console if console is not None else Console(file=sys.stderr)
         self.bar: Progress | None = None
-        self.accuracy = ""
+        self.score = ""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.began, self.first = time.monotonic(), trainer.global_step
@@ -128,20 +130,19 @@ class Report(pl.Callback):
             text = (
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {outputs['loss'].item():.3f}"
             )
-            text += f"  lr {module.lr:.1e}{self.accuracy}"
+            text += f"  lr {module.lr:.1e}{self.score}"
             self.bar.update(self.task, completed=trainer.global_step, description=text)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         if not module.result:
             return
-        top1 = 100 * module.result["val_top1"]
-        self.accuracy = f"  top-1 {top1:.2f} %"
+        self.score = f"  {self.label} {100 * module.result[self.monitor]:.2f} %"
         if self.bar is None and trainer.is_global_zero:
             epoch = trainer.current_epoch + 1
             seconds = time.monotonic() - self.began
             print(
                 f"epoch {epoch}/{trainer.max_epochs}  val loss {module.result['val_loss']:.4f}  "
-                f"top-1 {top1:.2f} %  {seconds:.0f} s",
+                f"{self.score.strip()}  {seconds:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

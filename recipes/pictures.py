@@ -13,13 +13,14 @@ from zoo.recipes.logs import read_metrics
 
 
 def curves(metrics: Path, path: Path) -> None:
-    """Draw losses, accuracies and learning rate over the steps."""
+    """Draw losses, the metrics of validation and learning rate over the steps."""
     rows = read_metrics(metrics)
+    scores = [name for name in (rows[0] if rows else ()) if name.startswith("val_") and name != "val_loss"]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
+    loss, score, rate = figure.subplots(1, 3)
     for axes, title, names in (
         (loss, "loss", ("train_loss", "val_loss")),
-        (accuracy, "validation accuracy", ("val_top1", "val_top5")),
+        (score, "validation", scores),
         (rate, "learning rate", ("lr",)),
     ):
         for name in names:

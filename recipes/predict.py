@@ -1,83 +1,73 @@
-"""Tell the most probable classes of image files."""
+"""Tell what images show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from zoo.errors import ConfigError, DataError
 from zoo.recipes.data.images import image_files, read_image, to_rgb
-from zoo.recipes.data.transforms import eval_transform
 from zoo.recipes.run_folder import Trained, choose_device, load_trained
+from zoo.recipes.tasks import task_of
+from zoo.recipes.tasks.base import Prediction
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The most probable classes of one image, most probable first; `error` where it could not be read."""
+def predict(source: Any, images: Any, **options: Any) -> list[Prediction]:
+    """Tell what images show, each as its task says it: files, folders, patterns with *, or PIL images.
 
-    file: str
-    classes: list[str]
-    probabilities: list[float]
-    error: str | None = None
+    Arguments and errors are those of `predictions`, which gives one at a time.
+    """
+    return list(predictions(source, images, **options))
 
 
-@torch.inference_mode()
-def predict(
+def predictions(
     source: str | Path | Trained,
     images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
     *,
     top_k: int = 5,
     batch_size: int = 32,
     bad_images: str = "error",
-    device: str | torch.device | None = None,
-) -> list[Prediction]:
-    """Tell the most probable classes of images: files, folders, patterns with *, or PIL images.
+    device: Any = None,
+) -> Iterator[Prediction]:
+    """Tell what images show, one after the other, so that not all results are in memory together.
 
-    `source` is a run folder, a model.safetensors or .ckpt of one, or a model name with weights.
-    `bad_images="skip"` returns a Prediction with `error` for an image that cannot be read instead of raising
-    DataError. Raises ZooError.
+    `source` is a run folder, a model.safetensors or .ckpt of one, or a model name with weights. `top_k` is
+    how many classes to name. `bad_images="skip"` returns a prediction with `error` for an image that cannot
+    be read instead of raising DataError. Raises ZooError.
     """
     if top_k < 1 or batch_size < 1:
         raise ConfigError(f"top_k={top_k} and batch_size={batch_size} must be at least 1")
     if bad_images not in ("error", "skip"):
         raise ConfigError(f"bad_images={bad_images!r} must be 'error' or 'skip'")
     trained = source if isinstance(source, Trained) else load_trained(source)
-    where = choose_device(device)
-    model = trained.model.to(where)
-    transform = eval_transform(trained.settings)
-    results: dict[int, Prediction] = {}
-    pending: list[tuple[int, str, torch.Tensor]] = []
+    trained.model.to(choose_device(device))
+    task = task_of(trained.recipe)
+    waiting: list[Prediction | Image.Image] = []  # in order: images to judge, and what cannot be read
+    names: list[str] = []
 
-    def flush() -> None:
-        if not pending:
-            return
-        batch = torch.stack([tensor for _, _, tensor in pending]).to(where)
-        best = model(batch).float().softmax(1).cpu().topk(min(top_k, len(trained.classes)))
-        for (number, name, _), shares, winners in zip(pending, best.values, best.indices, strict=True):
-            results[number] = Prediction(
-                file=name, classes=[trained.classes[i] for i in winners], probabilities=shares.tolist()
-            )
-        pending.clear()
+    def flush() -> Iterator[Prediction]:
+        good = [
+            (name, each) for name, each in zip(names, waiting, strict=True) if isinstance(each, Image.Image)
+        ]
+        found = iter(task.predict(trained, *zip(*good, strict=True), top_k=top_k) if good else ())
+        for each in waiting:
+            yield next(found) if isinstance(each, Image.Image) else each
+        waiting.clear(), names.clear()
 
     for number, image in enumerate(_images(images)):
-        name = str(image) if not isinstance(image, Image.Image) else f"image {number}"
+        names.append(str(image) if not isinstance(image, Image.Image) else f"image {number}")
         try:
-            pixels = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
+            waiting.append(to_rgb(image) if isinstance(image, Image.Image) else read_image(image))
         except DataError as error:
             if bad_images == "error":
                 raise
-            results[number] = Prediction(file=name, classes=[], probabilities=[], error=str(error))
-            continue
-        pending.append((number, name, transform(pixels)))
-        if len(pending) == batch_size:
-            flush()
-    flush()
-    return [results[number] for number in sorted(results)]
+            waiting.append(task.unreadable(names[-1], str(error)))
+        if len(waiting) == batch_size:
+            yield from flush()
+    yield from flush()
 
 
 def _images(images: Any) -> list[str | Image.Image]:

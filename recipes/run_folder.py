@@ -7,7 +7,7 @@ classes.json       the class names
 metrics.csv        losses and accuracies; tensorboard/ holds the same
 checkpoints/       last.ckpt and best.ckpt
 model.safetensors  the best weights with all that is needed to use them
-curves.png, confusion.png, mistakes.png, bad_files.txt
+curves.png and the pictures of the task; bad_files.txt
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from zoo.errors import ConfigError, IntegrityError, did_you_mean
-from zoo.recipes.config import Recipe, build, check, environment_names, parse, pick, put
+from zoo.recipes.config import build, check, environment_names, parse
 from zoo.recipes.data.transforms import InputSettings
 from zoo.recipes.files import load_checkpoint, write_atomically
+from zoo.recipes.schema import Recipe, pick, put
+from zoo.recipes.tasks import task_of
 
 RUNS = Path("runs")
 MODEL = "model.safetensors"
@@ -188,8 +190,8 @@ class Trained:
     folders: list[str] = field(default_factory=list)
 
 
-def build_model(made: Recipe, num_classes: int) -> nn.Module:
-    """Return the network of a recipe with its first weights.
+def build_backbone(made: Recipe, num_classes: int) -> nn.Module:
+    """Return the backbone of a recipe with its first weights; `num_classes` 0 makes no classifier.
 
     A classifier for another number of classes than the weights' stays as it was made. Raises ConfigError for
     a wrong argument, IntegrityError for weights that do not fit.
@@ -227,7 +229,7 @@ def export_model(folder: Path, checkpoint: Path, made: Recipe, settings: InputSe
         "input": json.dumps(settings.plain()),
         "recipe": made.yaml(),
         "recipe_sha256": hashlib.sha256(made.yaml().encode()).hexdigest(),
-        "top1": f"{best[0]['top1']:.6f}" if best else "",
+        task_of(made).monitor.removeprefix("val_"): f"{best[0]['score']:.6f}" if best else "",
         "attnzoo": _version("attnzoo") or "",
     }
     path = folder / MODEL
@@ -314,7 +316,7 @@ def _assemble(
 ) -> Trained:
     check(made)
     made.model.pretrained, made.model.checkpoint = False, None
-    model = build_model(made, len(classes))
+    model = task_of(made).build_model(made, len(classes))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -18,15 +18,17 @@ from zoo.errors import ConfigError, IntegrityError, ZooError
 from zoo.recipes import pictures
 from zoo.recipes import run_folder as runs
 from zoo.recipes.checkpoints import BEST, LAST, Checkpoints, Stopped
-from zoo.recipes.config import Recipe, check, recipe
+from zoo.recipes.config import check, recipe
 from zoo.recipes.data import load_halves
 from zoo.recipes.data.loader import BadImages, EpochLoader, Images, reseed
-from zoo.recipes.data.transforms import InputSettings, eval_transform, train_transform
-from zoo.recipes.evaluate import Evaluation, measure
+from zoo.recipes.data.transforms import InputSettings
 from zoo.recipes.files import load_checkpoint
 from zoo.recipes.run_folder import load_trained
-from zoo.recipes.tasks.classification import Classification
+from zoo.recipes.schema import Recipe
+from zoo.recipes.tasks import task_of
+from zoo.recipes.tasks.base import Evaluation, Task
 from zoo.recipes.trainer import build_trainer, quiet
+from zoo.recipes.training import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +74,27 @@ def train(
 def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunResult:
     began = time.monotonic()
     folder, checkpoint = _choose_folder(made, run_dir, resume)
-    train_images, val_images = load_halves(made)
+    task = task_of(made)
+    train_images, val_images = load_halves(made, task.load_half)
     classes = train_images.classes
     content = _check_resume(made, checkpoint, classes) if checkpoint is not None else None
     for note in (*train_images.notes, *val_images.notes):
         say(f"note: {made.conceal(note)}")
     reseed(made.seed, "weights")
-    model = runs.build_model(made, len(classes))
+    model = task.build_model(made, len(classes))
     settings = InputSettings.of(model, made.data)
     bad_images = BadImages(made.data.max_bad, folder / "bad_files.txt")
-    loader, val_loader = _loaders(made, settings, train_images, val_images, bad_images)
-    module = Classification(model, made, loader, len(classes))
+    loader, val_loader = _loaders(made, task, settings, train_images, val_images, bad_images)
+    objective = task.objective(made, len(classes))
+    objective.refuse(loader)
+    module = Training(model, made, loader, objective)
     if content is not None:
         _refuse_other_weights(content, module, checkpoint)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         loader,
         {"recipe": made.plain(), "classes": classes, "input": settings.plain()},
+        monitor=task.monitor,
         save_every=made.trainer.save_every,
         keep_best=made.trainer.keep_best,
     )
@@ -102,7 +108,7 @@ def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunR
                 f"{len(train_images):,} images to train, {len(val_images):,} to validate; {folder}"
             )
         resumed_at = content["global_step"] if content is not None else None
-        trainer = build_trainer(made, folder, checkpoints, resumed_at=resumed_at)
+        trainer = build_trainer(made, task, folder, checkpoints, resumed_at=resumed_at)
         try:
             trainer.fit(module, loader, val_loader, ckpt_path=checkpoint)
         except Stopped as stopped:
@@ -112,7 +118,7 @@ def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunR
             val_loader.close()
         if not trainer.is_global_zero:
             raise SystemExit(0)
-        return _finish(made, folder, checkpoints, settings, val_images, bad_images, began)
+        return _finish(made, task, folder, checkpoints, settings, val_images, bad_images, began)
 
 
 def _choose_folder(made: Recipe, run_dir: Any, resume: Any) -> tuple[Path, Path | None]:
@@ -153,7 +159,7 @@ def _check_resume(made: Recipe, checkpoint: Path, classes: list[str]) -> dict[st
     return content
 
 
-def _refuse_other_weights(content: dict[str, Any], module: Classification, checkpoint: Path | None) -> None:
+def _refuse_other_weights(content: dict[str, Any], module: Training, checkpoint: Path | None) -> None:
     saved, own = content["state_dict"], module.state_dict()
     differ = list(saved.keys() ^ own.keys())
     differ += [key for key in saved.keys() & own.keys() if saved[key].shape != own[key].shape]
@@ -165,7 +171,12 @@ def _refuse_other_weights(content: dict[str, Any], module: Classification, check
 
 
 def _loaders(
-    made: Recipe, settings: InputSettings, train_images: Images, val_images: Images, bad_images: BadImages
+    made: Recipe,
+    task: Task,
+    settings: InputSettings,
+    train_images: Images,
+    val_images: Images,
+    bad_images: BadImages,
 ) -> tuple[EpochLoader, EpochLoader]:
     data = made.data
     common = {
@@ -173,15 +184,10 @@ def _loaders(
         "workers": data.workers,
         "on_bad": bad_images if data.bad_images == "skip" else None,
     }
-    if (made.augment.mixup or made.augment.cutmix) and len(train_images) < data.batch_size:
-        raise ConfigError(
-            f"data.batch_size={data.batch_size} is more than the {len(train_images)} training images; "
-            "mixup and cutmix need whole batches"
-        )
-    transform = train_transform(settings, made.augment)
-    loader = EpochLoader(train_images, transform, batch_size=data.batch_size, train=True, **common)
+    for_train, for_val = task.transforms(made, settings)
+    loader = EpochLoader(train_images, for_train, batch_size=data.batch_size, train=True, **common)
     val_batch = data.val_batch_size if data.val_batch_size is not None else data.batch_size
-    return loader, EpochLoader(val_images, eval_transform(settings), batch_size=val_batch, **common)
+    return loader, EpochLoader(val_images, for_val, batch_size=val_batch, **common)
 
 
 def _end_by_signal(stopped: Stopped, folder: Path) -> None:
@@ -196,6 +202,7 @@ def _end_by_signal(stopped: Stopped, folder: Path) -> None:
 
 def _finish(
     made: Recipe,
+    task: Task,
     folder: Path,
     checkpoints: Checkpoints,
     settings: InputSettings,
@@ -207,24 +214,13 @@ def _finish(
     model_file = runs.export_model(folder, best if best.exists() else last, made, settings)
     # The file itself is judged, not the network in memory.
     trained = load_trained(model_file)
-    result = measure(trained, val_images, made, on_bad=bad_images)
+    result = task.measure(trained, val_images, made, on_bad=bad_images)
     pictures.curves(folder / "metrics.csv", folder / "curves.png")
-    if result.confusion is not None:
-        pictures.confusion(result.confusion, result.classes, folder / "confusion.png")
-    wrong = result.mistakes[:24]
-    names = {val_images.short(index): index for index in range(len(val_images))}
-    pictures.mistakes(
-        [val_images.load(names[name]) for name, *_ in wrong],
-        [f"{true}, not {guess} ({100 * sure:.0f} %)" for _, true, guess, sure in wrong],
-        folder / "mistakes.png",
-    )
-    metrics = {"val_top1": result.top1, "val_loss": result.loss}
-    if result.top5 is not None:
-        metrics["val_top5"] = result.top5
+    task.pictures(folder, trained, result, val_images)
     return RunResult(
         folder=folder,
         model_file=model_file,
-        metrics=metrics,
+        metrics=result.metrics(),
         evaluation=result,
         best_epoch=int(checkpoints.ranking[0]["epoch"]) if checkpoints.ranking else 0,
         seconds=time.monotonic() - began,

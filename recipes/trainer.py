@@ -17,15 +17,16 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
 from zoo.errors import ConfigError
 from zoo.recipes.checkpoints import AtomicCheckpointIO, Checkpoints
-from zoo.recipes.config import Recipe
 from zoo.recipes.logs import MetricsFile, Report, TensorBoard
+from zoo.recipes.schema import Recipe
+from zoo.recipes.tasks.base import Task
 
 
 def build_trainer(
-    made: Recipe, folder: Path, checkpoints: Checkpoints, *, resumed_at: int | None
+    made: Recipe, task: Task, folder: Path, checkpoints: Checkpoints, *, resumed_at: int | None
 ) -> pl.Trainer:
     """Return the Trainer of a recipe. Raises ConfigError for what Lightning refuses."""
-    metrics = MetricsFile(folder / "metrics.csv")
+    metrics = MetricsFile(folder / "metrics.csv", task.metrics)
     if pl.utilities.rank_zero.rank_zero_only.rank == 0:
         metrics.keep_until(resumed_at or 0)
     trainer, optim = made.trainer, made.optim
@@ -41,7 +42,8 @@ def build_trainer(
             check_val_every_n_epoch=trainer.val_every,
             accumulate_grad_batches=optim.accumulate,
             gradient_clip_val=optim.clip_grad,
-            callbacks=[Report(), checkpoints],  # in this order: the report reads what the other one clears
+            # In this order: the report reads what the other one clears.
+            callbacks=[Report(task.monitor, task.label), checkpoints],
             logger=[metrics, TensorBoard(folder / "tensorboard", resumed_at and resumed_at + 1)],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from zoo.errors import ConfigError, DataError
 from zoo.recipes.data.torchvision_sets import SETS, TorchvisionSet
 
 if TYPE_CHECKING:
-    from zoo.recipes.config import Recipe
     from zoo.recipes.data.loader import Images
+    from zoo.recipes.schema import Recipe
 
 NAMES = ("digits", "folder", *SETS)
 
@@ -35,9 +35,9 @@ def load_half(recipe: Recipe, *, train: bool) -> Images:
     return TorchvisionSet(data.name, data.root, train=train, download=data.download)
 
 
-def load_halves(recipe: Recipe) -> tuple[Images, Images]:
+def load_halves(recipe: Recipe, load: Callable[..., Images] = load_half) -> tuple[Images, Images]:
     """Return the training and the validation images, of the same classes and as many as the recipe says."""
-    train, val = load_half(recipe, train=True), load_half(recipe, train=False)
+    train, val = load(recipe, train=True), load(recipe, train=False)
     if train.classes != val.classes:
         only = {
             "only in train": sorted(set(train.classes) - set(val.classes)),

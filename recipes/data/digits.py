@@ -58,6 +58,10 @@ class Digits:
         """Return one digit as RGB, 8x8."""
         return Image.fromarray(self.images[index]).convert("RGB")
 
+    def target(self, index: int) -> int:
+        """Return the class number of one image."""
+        return self.labels[index]
+
     def describe(self, index: int) -> str:
         """Return which digit this is."""
         return f"{'training' if self.train else 'held-out'} digit {index}"

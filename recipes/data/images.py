@@ -129,6 +129,10 @@ class ImageFolder:
         """Return one image as upright RGB."""
         return read_image(self.files[index])
 
+    def target(self, index: int) -> int:
+        """Return the class number of one image."""
+        return self.labels[index]
+
     def describe(self, index: int) -> str:
         """Return the path of one image."""
         return self.files[index]

@@ -17,20 +17,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from zoo.errors import DataError, ResourceError
-from zoo.recipes.data.transforms import Transform
+from zoo.recipes.data.transforms import JointTransform
 
 WORKER_TIMEOUT = 1800  # seconds without a batch before a reader counts as hung
 
 
 class Images(Protocol):
-    """What a data set offers: upright RGB images, their labels, and a name for each."""
+    """What a data set offers: upright RGB images, what is wanted for each (a class number), and its name."""
 
     classes: list[str]
-    labels: list[int]
     notes: list[str]  # what the user should know before training, one sentence each
 
     def __len__(self) -> int: ...
     def load(self, index: int) -> Image.Image: ...
+    def target(self, index: int) -> Any: ...
     def describe(self, index: int) -> str: ...
     def short(self, index: int) -> str: ...
 
@@ -55,19 +55,19 @@ class BadImage:
 
 
 class Samples(Dataset):
-    """Image and label for a key (epoch, index), the randomness of the transform seeded by both."""
+    """Image and target for a key (epoch, index), the randomness of the transform seeded by both."""
 
-    def __init__(self, images: Images, transform: Transform, seed: int) -> None:
+    def __init__(self, images: Images, transform: JointTransform, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | BadImage:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any] | BadImage:
         epoch, index = key
         try:
-            image = self.images.load(index)
+            image, target = self.images.load(index), self.images.target(index)
         except DataError as error:
             return BadImage(index, str(error))
         reseed(self.seed, "item", epoch, index)
-        return self.transform(image), self.images.labels[index]
+        return self.transform(image, target)
 
 
 class EpochBatches(Sampler):
@@ -134,14 +134,14 @@ def _ignore_signals(_worker: int) -> None:
 class EpochLoader:
     """Iterates over the rest of an epoch from `position`, always the same batches for the same position.
 
-    Yields (images [B, 3, height, width], labels [B]). A bad image raises DataError, or goes to `on_bad` and
-    is left out. It is no torch DataLoader, so Lightning leaves its order alone.
+    Yields what the transform made of images and of targets, stacked. A bad image raises DataError, or goes to
+    `on_bad` and is left out. It is no torch DataLoader, so Lightning leaves its order alone.
     """
 
     def __init__(
         self,
         images: Images,
-        transform: Transform,
+        transform: JointTransform,
         *,
         batch_size: int,
         seed: int = 0,
@@ -180,7 +180,7 @@ class EpochLoader:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         iterator = iter(self._loader)
         while True:
             try:

@@ -65,6 +65,10 @@ class TorchvisionSet:
         except Exception as error:
             raise DataError(f"{self.describe(index)} cannot be read ({error})") from None
 
+    def target(self, index: int) -> int:
+        """Return the class number of one image."""
+        return self.labels[index]
+
     def describe(self, index: int) -> str:
         """Return which image this is."""
         return f"{self.name} image {index}"

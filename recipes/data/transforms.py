@@ -13,9 +13,20 @@ from timm.data.transforms import str_to_interp_mode
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision import transforms
 
-from zoo.recipes.config import Augment, Data
+from zoo.recipes.schema import AnyData, Augment
 
 Transform = Callable[[Image.Image], torch.Tensor]
+JointTransform = Callable[[Image.Image, Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class ImageOnly:
+    """Change the image and leave its target as it is."""
+
+    transform: Transform
+
+    def __call__(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+        return self.transform(image), target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +40,13 @@ class InputSettings:
     crop_pct: float
 
     @classmethod
-    def of(cls, model: torch.nn.Module, data: Data | None = None) -> InputSettings:
+    def of(cls, model: torch.nn.Module, data: AnyData | None = None) -> InputSettings:
         """Return the model's own settings, overridden by those that the data section gives."""
         own = resolve_data_config(model=model, verbose=False)
         settings = {key: own[key] for key in ("mean", "std", "interpolation", "crop_pct")}
         settings["size"] = own["input_size"]
         if data is not None:
-            given = {key: getattr(data, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+            given = {key: getattr(data, key, None) for key in ("mean", "std", "interpolation", "crop_pct")}
             settings |= {key: value for key, value in given.items() if value is not None}
             if data.image_size is not None:
                 settings["size"] = (own["input_size"][0], data.image_size, data.image_size)

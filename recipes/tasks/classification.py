@@ -1,172 +1,304 @@
-"""Classification of images: loss, optimiser, averaged weights, metrics."""
+"""Classification of images: one class each; cross-entropy, mixup and cutmix, top-1 and top-5."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
+import numpy as np
 import torch
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
-from zoo.errors import ZooError
-from zoo.recipes.config import Optim, Recipe
-from zoo.recipes.data.loader import EpochLoader, reseed
+from zoo.errors import ConfigError, DataError
+from zoo.recipes import pictures
+from zoo.recipes.data import load_half
+from zoo.recipes.data.images import ImageFolder
+from zoo.recipes.data.loader import BadImage, EpochLoader, Images
+from zoo.recipes.data.transforms import (
+    ImageOnly,
+    InputSettings,
+    JointTransform,
+    eval_transform,
+    train_transform,
+)
+from zoo.recipes.run_folder import Trained, choose_device
+from zoo.recipes.schema import Recipe
+from zoo.recipes.tasks import base
+
+MAX_CONFUSION = 5000
 
 
-class Classification(pl.LightningModule):
-    """Trains `model` on the batches of `loader`; `result` holds the metrics of the last validation."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(base.Evaluation):
+    """Accuracies in 0..1; `confusion[true, predicted]` counts."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, loader: EpochLoader, num_classes: int) -> None:
+    top1: float
+    top5: float | None  # None where there are at most five classes
+    confusion: np.ndarray | None = field(repr=False)  # None for more than MAX_CONFUSION classes
+    mistakes: list[tuple[str, str, str, float]] = field(
+        repr=False
+    )  # image, true, predicted, confidence; worst first
+
+    def headline(self, of: str = "images") -> str:
+        top5 = f", top-5 {100 * self.top5:.2f} %" if self.top5 is not None else ""
+        return f"{100 * self.top1:.2f} % of {self.images:,} {of} right{top5}"
+
+    def metrics(self) -> dict[str, float]:
+        metrics = {"val_top1": self.top1, "val_loss": self.loss}
+        return metrics if self.top5 is None else {**metrics, "val_top5": self.top5}
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "images": self.images,
+            "skipped": self.skipped,
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "classes": self.classes,
+            "confusion": self.confusion.tolist() if self.confusion is not None else None,
+            "mistakes": [
+                dict(zip(("image", "true", "predicted", "probability"), mistake, strict=True))
+                for mistake in self.mistakes
+            ],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(base.Prediction):
+    """The most probable classes of one image, most probable first."""
+
+    classes: list[str]
+    probabilities: list[float]
+
+    def line(self) -> str:
+        shares = zip(self.classes, self.probabilities, strict=True)
+        return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "classes": self.classes,
+            "probabilities": self.probabilities,
+            "error": self.error,
+        }
+
+
+class Classification(base.Objective):
+    """Cross-entropy, of mixed images where the recipe mixes them, and accuracies."""
+
+    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+        # Only training needs these two, which take a second to import.
+        from timm.data import Mixup
+        from torchmetrics import MeanMetric
+        from torchmetrics.classification import MulticlassAccuracy
+
         super().__init__()
-        self.model, self.recipe, self.loader = model, recipe, loader
-        ema = recipe.optim.ema
-        self.ema = ModelEmaV3(model, decay=ema).requires_grad_(False) if ema is not None else None
-        self.mixup = _mixup(recipe, num_classes)
-        self.smoothing = recipe.augment.label_smoothing
+        augment = recipe.augment
+        self.smoothing = augment.label_smoothing
+        self.mixup = None
+        if augment.mixup or augment.cutmix:
+            self.mixup = Mixup(
+                augment.mixup,
+                augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.mix_switch,
+                label_smoothing=augment.label_smoothing,
+                num_classes=num_classes,
+            )
         self.val_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=5) if num_classes > 5 else None
-        self.result: dict[str, float] = {}
-        self.losses: list[Tensor] = []  # of the batches since the last step
-        if recipe.trainer.channels_last:
-            model.to(memory_format=torch.channels_last)
-            self.result_model.to(memory_format=torch.channels_last)
-        if recipe.trainer.compile:
-            model.compile()
 
-    @property
-    def result_model(self) -> nn.Module:
-        """The network that is validated and exported."""
-        return self.model if self.ema is None else self.ema.module
+    def refuse(self, loader: EpochLoader) -> None:
+        if self.mixup is not None and len(loader.images) < loader.batches.batch_size:
+            raise ConfigError(
+                f"data.batch_size={loader.batches.batch_size} is more than the {len(loader.images)} training "
+                "images; mixup and cutmix need whole batches"
+            )
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch."""
-        return math.ceil(len(self.loader) / self.recipe.optim.accumulate)
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = batch
+        if self.mixup is None:
+            return F.cross_entropy(model(images).float(), targets, label_smoothing=self.smoothing)
+        images, targets = self.mixup(images, targets)
+        return F.cross_entropy(model(images).float(), targets)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        optim = self.recipe.optim
-        lr = optim.lr
-        if optim.lr_base_batch is not None:
-            batch = self.recipe.data.batch_size * optim.accumulate * self.trainer.world_size
-            lr *= batch / optim.lr_base_batch
-        betas = {"betas": tuple(optim.betas)} if optim.betas is not None else {}
-        optimizer = create_optimizer_v2(
-            self.model,
-            opt=optim.name,
-            lr=lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            layer_decay=optim.layer_decay,
-            **betas,
-            **optim.args,
-        )
-        self.schedule = schedule(optimizer, optim, self.steps_per_epoch)
-        return optimizer
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout, drop path and mixup of a step follow from its number: a resumed run repeats them exactly.
-        reseed(self.recipe.seed, "step", self.current_epoch, batch_idx, self.global_rank)
-        self.schedule.step_update(self.trainer.global_step)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = self._format(batch)
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-            loss = F.cross_entropy(self.model(images).float(), targets)
-        else:
-            loss = F.cross_entropy(self.model(images).float(), targets, label_smoothing=self.smoothing)
-        if not torch.isfinite(loss):
-            self._refuse(loss, batch_idx)
-        self.losses.append(loss.detach())
-        return loss
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        step = self.trainer.global_step + 1
-        if step % self.recipe.trainer.log_every == 0:
-            self.write(step, train_loss=torch.stack(self.losses).mean().item(), lr=self.lr)
-        self.losses.clear()
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the present step, before layer decay."""
-        groups = self.trainer.optimizers[0].param_groups
-        return max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, targets = self._format(batch)
-        logits = self.result_model(images).float()
+    def update(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        images, targets = batch
+        logits = model(images).float()
         self.val_loss.update(F.cross_entropy(logits, targets), weight=len(targets))
         for metric in filter(None, (self.top1, self.top5)):
             metric.update(logits, targets)
 
-    def on_validation_epoch_end(self) -> None:
-        metrics = {"val_loss": self.val_loss, "val_top1": self.top1, "val_top5": self.top5}
-        self.result = {}
-        for name, metric in metrics.items():
+    def compute(self) -> dict[str, float]:
+        result = {}
+        for name, metric in (("val_loss", self.val_loss), ("val_top1", self.top1), ("val_top5", self.top5)):
             if metric is not None:
-                self.result[name] = metric.compute().item()
+                result[name] = metric.compute().item()
                 metric.reset()
-        self.write(self.trainer.global_step, **self.result)
+        return result
 
-    def write(self, step: int, **values: float) -> None:
-        """Send values to the run's metric files, under the number of steps done."""
-        for logger in self.loggers:
-            logger.log_metrics({"epoch": math.ceil(step / self.steps_per_epoch), **values}, step=step)
 
-    def _format(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, targets = batch
-        if self.recipe.trainer.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, targets
+class ClassificationTask(base.Task):
+    """One class for each image."""
 
-    def _refuse(self, loss: Tensor, batch_idx: int) -> None:
-        batches = self.loader.batches
-        members = [self.loader.images.short(i) for i in batches.indices(self.current_epoch, batch_idx)]
-        some = ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
-        raise ZooError(
-            f"the loss became {loss.item()} at step {self.trainer.global_step + 1} (epoch "
-            f"{self.current_epoch + 1}, batch {batch_idx + 1}: {some}; lr {self.lr:.3g}); it is not saved; "
-            "lower optim.lr, set optim.clip_grad or use trainer.precision=32-true, and look at these images"
+    metrics = ("val_loss", "val_top1", "val_top5")
+    monitor = "val_top1"
+    label = "top-1"
+
+    def load_half(self, recipe: Recipe, *, train: bool) -> Images:
+        return load_half(recipe, train=train)
+
+    def transforms(self, recipe: Recipe, settings: InputSettings) -> tuple[JointTransform, JointTransform]:
+        return ImageOnly(train_transform(settings, recipe.augment)), ImageOnly(eval_transform(settings))
+
+    def objective(self, recipe: Recipe, num_classes: int) -> Classification:
+        return Classification(recipe, num_classes)
+
+    def other_images(self, trained: Trained, recipe: Recipe, data: str | Path) -> Images:
+        if str(data) == "digits":
+            recipe.data.name = "digits"
+            return load_half(recipe, train=False)
+        root = Path(data)
+        return ImageFolder(root / "val" if (root / "val").is_dir() else root)
+
+    @torch.inference_mode()
+    def measure(
+        self,
+        trained: Trained,
+        images: Images,
+        recipe: Recipe,
+        *,
+        device: str | torch.device | None = None,
+        on_bad: Any = None,
+    ) -> Evaluation:
+        if images.classes != trained.classes:
+            images = _Renumbered(images, _numbers(images.classes, trained))
+        data = recipe.data
+        count = len(trained.classes)
+        where = choose_device(device)
+        model = trained.model.to(where)
+        skipped: set[int] = set()
+
+        def skip(source: Images, bad: BadImage) -> None:
+            skipped.add(bad.index)
+            on_bad(source, bad)
+
+        loader = EpochLoader(
+            images,
+            ImageOnly(eval_transform(trained.settings)),
+            batch_size=data.val_batch_size if data.val_batch_size is not None else data.batch_size,
+            workers=data.workers,
+            on_bad=skip if on_bad is not None else None,
+        )
+        losses, best, labels, sure = [], [], [], []
+        try:
+            for batch, truth in loader:
+                logits = model(batch.to(where)).float().cpu()
+                losses.append(F.cross_entropy(logits, truth, reduction="none"))
+                best.append(logits.topk(min(5, count)).indices)
+                sure.append(logits.softmax(1).amax(1))
+                labels.append(truth)
+        finally:
+            loader.close()
+        loss, top, truth, certainty = map(torch.cat, (losses, best, labels, sure))
+        guesses = top[:, 0]
+        order = [index for index in range(len(images)) if index not in skipped]
+        wrong = (guesses != truth).nonzero()[:, 0].tolist()
+        wrong.sort(key=lambda i: -certainty[i].item())
+        confusion = None
+        if count <= MAX_CONFUSION:
+            confusion = np.bincount(truth * count + guesses, minlength=count**2).reshape(count, count)
+        return Evaluation(
+            source=str(trained.source),
+            images=len(truth),
+            top1=(guesses == truth).double().mean().item(),
+            top5=(top == truth[:, None]).any(1).double().mean().item() if count > 5 else None,
+            loss=loss.double().mean().item(),
+            classes=trained.classes,
+            confusion=confusion,
+            mistakes=[
+                (
+                    images.short(order[i]),
+                    trained.classes[truth[i]],
+                    trained.classes[guesses[i]],
+                    certainty[i].item(),
+                )
+                for i in wrong
+            ],
+            skipped=len(skipped),
+        )
+
+    @torch.inference_mode()
+    def predict(
+        self, trained: Trained, files: Sequence[str], images: Sequence[Image.Image], *, top_k: int
+    ) -> list[Prediction]:
+        transform = eval_transform(trained.settings)
+        where = next(trained.model.parameters()).device
+        batch = torch.stack([transform(image) for image in images]).to(where)
+        best = trained.model(batch).float().softmax(1).cpu().topk(min(top_k, len(trained.classes)))
+        return [
+            Prediction(
+                file=file, classes=[trained.classes[i] for i in winners], probabilities=shares.tolist()
+            )
+            for file, shares, winners in zip(files, best.values, best.indices, strict=True)
+        ]
+
+    def unreadable(self, file: str, error: str) -> Prediction:
+        return Prediction(file=file, classes=[], probabilities=[], error=error)
+
+    def pictures(self, folder: Path, trained: Trained, result: Evaluation, images: Images) -> None:
+        if result.confusion is not None:
+            pictures.confusion(result.confusion, result.classes, folder / "confusion.png")
+        wrong = result.mistakes[:24]
+        names = {images.short(index): index for index in range(len(images))}
+        pictures.mistakes(
+            [images.load(names[name]) for name, *_ in wrong],
+            [f"{true}, not {guess} ({100 * sure:.0f} %)" for _, true, guess, sure in wrong],
+            folder / "mistakes.png",
         )
 
 
-def schedule(optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int) -> Scheduler:
-    """Return timm's schedule, a pure function of the number of steps done; it also applies layer decay."""
-    arguments: dict[str, Any] = {
-        "t_initial": optim.epochs * steps_per_epoch,
-        "lr_min": optim.min_lr,
-        "warmup_t": round(optim.warmup_epochs * steps_per_epoch),
-        "warmup_lr_init": optim.warmup_lr,
-        "t_in_epochs": False,
-    }
-    if optim.schedule == "cosine":
-        return CosineLRScheduler(optimizer, **arguments)
-    # Power 1 is the straight line, power 0 none at all.
-    return PolyLRScheduler(optimizer, power=1.0 if optim.schedule == "linear" else 0.0, **arguments)
-
-
-def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    augment = recipe.augment
-    if not (augment.mixup or augment.cutmix):
-        return None
-    return Mixup(
-        augment.mixup,
-        augment.cutmix,
-        prob=augment.mix_prob,
-        switch_prob=augment.mix_switch,
-        label_smoothing=augment.label_smoothing,
-        num_classes=num_classes,
+def _numbers(classes: Sequence[str], trained: Trained) -> list[int]:
+    """Return the model's number of each class, by its name or by what data sets call its folder."""
+    for names in (trained.classes, trained.folders):
+        numbers = {name: number for number, name in enumerate(names)}
+        if all(name in numbers for name in classes):
+            return [numbers[name] for name in classes]
+    unknown = [name for name in classes if name not in trained.classes]
+    raise DataError(
+        f"the data has classes that {trained.source} does not know: {', '.join(unknown[:5])}"
+        f"{', ...' if len(unknown) > 5 else ''}; it knows {', '.join(trained.classes[:5])}"
+        f"{', ...' if len(trained.classes) > 5 else ''}"
     )
+
+
+class _Renumbered:
+    """The images of a data set, labelled as a model counts."""
+
+    def __init__(self, images: Images, numbers: list[int]) -> None:
+        self.images, self.classes, self.notes = images, images.classes, images.notes
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Image.Image:
+        return self.images.load(index)
+
+    def target(self, index: int) -> int:
+        return self.numbers[self.images.target(index)]
+
+    def describe(self, index: int) -> str:
+        return self.images.describe(index)
+
+    def short(self, index: int) -> str:
+        return self.images.short(index)
+
+
+TASK = ClassificationTask()

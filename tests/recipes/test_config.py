@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from zoo.errors import ConfigError
-from zoo.recipes.config import Recipe, all_keys, check, find_recipe, head_comment, recipe, recipe_names
+from zoo.recipes.config import all_keys, check, find_recipe, head_comment, recipe, recipe_names
+from zoo.recipes.schema import Recipe
 
 GOOD = "model: {name: nat_digits}\ndata: {name: digits}\n"
 

@@ -19,10 +19,12 @@ from timm.scheduler import CosineLRScheduler
 
 from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
 from zoo.recipes import api
-from zoo.recipes.config import Optim, recipe
+from zoo.recipes.config import recipe
+from zoo.recipes.schema import Optim
 from zoo.recipes.tasks import classification
-from zoo.recipes.tasks.classification import Classification, schedule
+from zoo.recipes.tasks.classification import Classification
 from zoo.recipes.train import train
+from zoo.recipes.training import Training, schedule
 
 STEPS = 6  # of the small recipe: three in each of two epochs
 
@@ -47,16 +49,16 @@ def at_step(monkeypatch):
 
     def install(step: int, action, *, validating: bool = False) -> None:
         name = "validation_step" if validating else "training_step"
-        original = getattr(Classification, name)
+        original = getattr(Training, name)
 
         def hooked(self, batch, batch_idx):
             where = self.current_epoch + 1 if validating else self.trainer.global_step + 1
             if where == step:
-                monkeypatch.setattr(Classification, name, original)
+                monkeypatch.setattr(Training, name, original)
                 action()
             return original(self, batch, batch_idx)
 
-        monkeypatch.setattr(Classification, name, hooked)
+        monkeypatch.setattr(Training, name, hooked)
 
     return install
 
@@ -120,11 +122,11 @@ def test_the_exported_weights_are_the_averaged_ones_of_the_best_epoch(finished):
 def test_the_best_checkpoints_are_kept_by_accuracy_then_loss(run, monkeypatch):
     losses = iter([0.5, 0.3, 0.4, 0.6])
 
-    def judge(self) -> None:
-        self.result = {"val_top1": 0.5, "val_loss": next(losses)}
+    def judge(self) -> dict[str, float]:
         self.top1.reset(), self.val_loss.reset()
+        return {"val_top1": 0.5, "val_loss": next(losses)}
 
-    monkeypatch.setattr(Classification, "on_validation_epoch_end", judge)
+    monkeypatch.setattr(Classification, "compute", judge)
     folder = run("ranked", "optim.epochs=4", "trainer.keep_best=2").folder
     kept = folder / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == [
@@ -245,17 +247,17 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from zoo.recipes import api
-from zoo.recipes.tasks.classification import Classification
+from zoo.recipes.training import Training
 file, folder = sys.argv[1:]
 made = api.recipe(file, ["data.workers=2"])
 child = os.fork()
 if child == 0:
-    original = Classification.optimizer_step
+    original = Training.optimizer_step
     def optimizer_step(self, *arguments, **keywords):
         if self.trainer.global_step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         original(self, *arguments, **keywords)
-    Classification.optimizer_step = optimizer_step
+    Training.optimizer_step = optimizer_step
     api.train(made, run_dir=folder)
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -367,14 +369,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(run, monkeypa
 
 
 def test_weights_that_are_no_numbers_are_never_saved(run, monkeypatch, tmp_path):
-    original = Classification.optimizer_step
+    original = Training.optimizer_step
 
     def spoil(self, *arguments, **keywords):
         original(self, *arguments, **keywords)
         if self.trainer.global_step == 1:
             next(self.model.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(Classification, "optimizer_step", spoil)
+    monkeypatch.setattr(Training, "optimizer_step", spoil)
     with pytest.raises(ZooError, match="step 2, so it was not saved"):
         run("spoilt")
     assert not list((tmp_path / "spoilt" / "checkpoints").glob("*.ckpt"))
@@ -474,9 +476,9 @@ def test_every_choice_trains(run, overrides):
 
 def test_layer_decay_and_no_decay_groups_reach_the_optimiser(recipe_file, monkeypatch):
     made = recipe(recipe_file, ["optim.layer_decay=0.5", "optim.lr=1.0"])
-    from zoo.recipes.run_folder import build_model
+    from zoo.recipes.run_folder import build_backbone
 
-    module = Classification(build_model(made, 2), made, loader=[None] * 3, num_classes=2)
+    module = Training(build_backbone(made, 2), made, [None] * 3, Classification(made, 2))
     module._trainer = type("Trainer", (), {"world_size": 1})()
     groups = module.configure_optimizers().param_groups
     assert len({group["lr_scale"] for group in groups}) > 3
@@ -488,9 +490,9 @@ def test_layer_decay_and_no_decay_groups_reach_the_optimiser(recipe_file, monkey
 
 def test_the_rate_is_scaled_to_the_batch(recipe_file):
     made = recipe(recipe_file, ["optim.lr=1.0", "optim.lr_base_batch=32", "optim.accumulate=2"])
-    from zoo.recipes.run_folder import build_model
+    from zoo.recipes.run_folder import build_backbone
 
-    module = Classification(build_model(made, 2), made, loader=[None] * 3, num_classes=2)
+    module = Training(build_backbone(made, 2), made, [None] * 3, Classification(made, 2))
     module._trainer = type("Trainer", (), {"world_size": 3})()
     module.configure_optimizers()
     assert module.schedule.base_values[0] == pytest.approx(8 * 2 * 3 / 32)

@@ -51,12 +51,11 @@ def train(
     typed = ["zoo", "train", *arguments, *(["--resume"] if resume else [])]
     typed += ["--run-dir", str(run_dir)] if run_dir is not None else []
     result = run(made, run_dir=run_dir, resume=where, command=shlex.join(typed))
-    metrics = result.evaluation
-    top5 = f", top-5 {100 * metrics.top5:.2f} %" if metrics.top5 is not None else ""
+    pictures = ", ".join(sorted(file.name for file in result.folder.glob("*.png")))
     print(
-        f"{made.model.name}: {100 * metrics.top1:.2f} % of {metrics.images:,} validation images right{top5} "
+        f"{made.model.name}: {result.evaluation.headline('validation images')} "
         f"(best of epoch {result.best_epoch}), {result.seconds:.0f} s\n"
-        f"run folder {result.folder}: {result.model_file.name}, curves.png, confusion.png, mistakes.png, ..."
+        f"run folder {result.folder}: {result.model_file.name}, {pictures}, ..."
     )
 
 
@@ -109,25 +108,8 @@ def evaluate(
     from zoo.recipes.evaluate import evaluate as run
 
     result = run(source, data, overrides=overrides or (), device=device)
-    top5 = f", top-5 {100 * result.top5:.2f} %" if result.top5 is not None else ""
-    line = (
-        f"{source}: {100 * result.top1:.2f} % of {result.images:,} images right{top5}, loss {result.loss:.4f}"
-    )
-    facts = {
-        "source": result.source,
-        "images": result.images,
-        "skipped": result.skipped,
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": result.loss,
-        "classes": result.classes,
-        "confusion": result.confusion.tolist() if result.confusion is not None else None,
-        "mistakes": [
-            dict(zip(("image", "true", "predicted", "probability"), mistake, strict=True))
-            for mistake in result.mistakes
-        ],
-    }
-    _print_or_write(line, facts, as_json)
+    line = f"{source}: {result.headline()}, loss {result.loss:.4f}"
+    _print_or_write(line, result.facts(), as_json)
 
 
 def predict(
@@ -146,7 +128,6 @@ def predict(
 
     An image that cannot be read gets one line, the others go on; the status is then 3.
     """
-    import dataclasses
     import sys
 
     from zoo.recipes.predict import predict as run
@@ -158,18 +139,11 @@ def predict(
     for result in results:
         if result.error is not None:
             print(f"error: {result.error}", file=sys.stderr)
-    lines = "\n".join(
-        f"{result.file}: "
-        + ", ".join(
-            f"{name} {100 * share:.1f} %"
-            for name, share in zip(result.classes, result.probabilities, strict=True)
-        )
-        for result in good
-    )
+    lines = "\n".join(f"{result.file}: {result.line()}" for result in good)
     facts = {
         "source": trained.source,
         "model": trained.name,
-        "predictions": [dataclasses.asdict(result) for result in results],
+        "predictions": [result.facts() for result in results],
     }
     _print_or_write(lines, facts, as_json)
     if explain is not None:

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 
 from zoo.errors import DataError, ResourceError
-from zoo.recipes.config import Augment
 from zoo.recipes.data.loader import BadImages, EpochBatches, EpochLoader, reseed
-from zoo.recipes.data.transforms import InputSettings, eval_transform, train_transform
+from zoo.recipes.data.transforms import ImageOnly, InputSettings, eval_transform, train_transform
+from zoo.recipes.schema import Augment
 
 SETTINGS = InputSettings(
     size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0
 )
 EVERYTHING = Augment(rotate=20, shift=0.1, vflip=0.5, random_erasing=0.5, auto_augment="rand-m9-mstd0.5-inc1")
+TRAIN, EVAL = ImageOnly(train_transform(SETTINGS, EVERYTHING)), ImageOnly(eval_transform(SETTINGS))
 
 
 class Numbered:
@@ -28,7 +29,6 @@ class Numbered:
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad, self.notes = count, bad, []
-        self.labels = [index % 2 for index in range(count)]
 
     def __len__(self) -> int:
         return self.count
@@ -38,6 +38,9 @@ class Numbered:
             raise DataError(f"/root/{index}.png cannot be read as an image: damaged")
         pixels = np.random.default_rng(index).integers(0, 255, (20, 20, 3), dtype=np.uint8)
         return Image.fromarray(pixels)
+
+    def target(self, index: int) -> int:
+        return index % 2
 
     def describe(self, index: int) -> str:
         return f"/root/{index}.png"
@@ -49,9 +52,7 @@ class Numbered:
 def batches(
     position: tuple[int, int] = (0, 0), *, workers: int = 0, **keywords: object
 ) -> list[torch.Tensor]:
-    loader = EpochLoader(
-        Numbered(21), train_transform(SETTINGS, EVERYTHING), batch_size=4, seed=3, workers=workers, train=True
-    )
+    loader = EpochLoader(Numbered(21), TRAIN, batch_size=4, seed=3, workers=workers, train=True)
     loader.position = position
     try:
         return [images for images, _ in loader]
@@ -79,9 +80,7 @@ def test_workers_change_nothing():
 
 
 def test_workers_that_stay_follow_the_position():
-    loader = EpochLoader(
-        Numbered(21), train_transform(SETTINGS, EVERYTHING), batch_size=4, seed=3, workers=1, train=True
-    )
+    loader = EpochLoader(Numbered(21), TRAIN, batch_size=4, seed=3, workers=1, train=True)
     try:
         for position in ((0, 0), (1, 0), (1, 3)):
             loader.position = position
@@ -146,7 +145,7 @@ def test_a_set_smaller_than_a_batch_is_one_batch():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_stops_with_its_path(workers):
-    loader = EpochLoader(Numbered(8, bad=(5,)), eval_transform(SETTINGS), batch_size=4, workers=workers)
+    loader = EpochLoader(Numbered(8, bad=(5,)), EVAL, batch_size=4, workers=workers)
     with pytest.raises(DataError, match=r"^/root/5.png cannot be read as an image: damaged$"):
         list(loader)
     loader.close()
@@ -157,7 +156,7 @@ def test_training_without_bad_images_keeps_its_batch_size_and_lists_them(workers
     skip = BadImages(0.5, tmp_path / "bad_files.txt")
     loader = EpochLoader(
         Numbered(8, bad=(5, 6)),
-        eval_transform(SETTINGS),
+        EVAL,
         batch_size=4,
         workers=workers,
         train=True,
@@ -175,23 +174,19 @@ def test_training_without_bad_images_keeps_its_batch_size_and_lists_them(workers
 
 
 def test_validation_leaves_bad_images_out():
-    loader = EpochLoader(Numbered(8, bad=(5,)), eval_transform(SETTINGS), batch_size=4, on_bad=BadImages(0.5))
+    loader = EpochLoader(Numbered(8, bad=(5,)), EVAL, batch_size=4, on_bad=BadImages(0.5))
     assert [len(images) for images, _ in loader] == [4, 3]
 
 
 def test_too_many_bad_images_stop_the_run():
     bad = tuple(range(7))
-    loader = EpochLoader(
-        Numbered(100, bad=bad), eval_transform(SETTINGS), batch_size=50, on_bad=BadImages(0.01)
-    )
+    loader = EpochLoader(Numbered(100, bad=bad), EVAL, batch_size=50, on_bad=BadImages(0.01))
     with pytest.raises(DataError, match="6 of 100 images cannot be read, more than data.max_bad=0.01"):
         list(loader)
 
 
 def test_a_batch_without_a_good_image_is_an_error():
-    loader = EpochLoader(
-        Numbered(4, bad=(0, 1)), eval_transform(SETTINGS), batch_size=2, on_bad=BadImages(1.0)
-    )
+    loader = EpochLoader(Numbered(4, bad=(0, 1)), EVAL, batch_size=2, on_bad=BadImages(1.0))
     with pytest.raises(DataError, match="no image of a whole batch"):
         list(loader)
 
@@ -205,7 +200,7 @@ def test_a_killed_worker_says_what_to_change():
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError
 
-    loader = EpochLoader(Deadly(8), eval_transform(SETTINGS), batch_size=4, workers=1)
+    loader = EpochLoader(Deadly(8), EVAL, batch_size=4, workers=1)
     with pytest.raises(ResourceError, match="data.workers=0"):
         list(loader)
     loader.close()

@@ -1,0 +1,295 @@
+"""What a recipe may say: typed dataclasses, one for each task, with the limits of every value beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from zoo.errors import ConfigError
+
+PRECISIONS = (
+    "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "transformer-engine",
+)  # fmt: skip
+
+
+# Constraints live beside the field they belong to, so that the check and its test find them by introspection.
+def number(
+    default: Any, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf, length: int = 0
+) -> Any:
+    """A field of finite numbers, `> above`, `>= low`, `<= high`; `length` of them where it is a list."""
+    metadata = {"above": above, "low": low, "high": high, "length": length}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def choice(default: Any, names: Sequence[str] | Callable[[], Sequence[str]], *, slow: bool = False) -> Any:
+    """A field with one of `names`, or of what `names()` returns; `slow` where that imports torch."""
+    return field(default=default, metadata={"names": names, "slow": slow})
+
+
+def notation(default: Any, is_right: Callable[[str], bool], wanted: str) -> Any:
+    """A field of a text that `is_right` accepts, which may import torch; `wanted` says what it is."""
+    return field(default=default, metadata={"is_right": is_right, "wanted": wanted})
+
+
+def _models() -> Sequence[str]:
+    from zoo import list_models
+
+    return list_models()
+
+
+def _optimizers() -> Sequence[str]:
+    from timm.optim import list_optimizers
+
+    return list_optimizers()
+
+
+def _data_sets() -> Sequence[str]:
+    from zoo.recipes.data import NAMES
+
+    return NAMES
+
+
+def _is_auto_augment(text: str) -> bool:
+    from timm.data.auto_augment import (
+        augment_and_mix_transform,
+        auto_augment_transform,
+        rand_augment_transform,
+    )
+
+    kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    make = next(
+        (each for start, each in kinds.items() if text.startswith(f"{start}-")), auto_augment_transform
+    )
+    try:
+        make(text, {})
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The network and what it starts from."""
+
+    name: str = choice("???", _models, slow=True)
+    pretrained: bool = False  # the published or shipped weights of this name
+    checkpoint: str | None = None  # or a file, or another model whose published weights are taken
+    num_classes: int | None = number(None, low=1)  # None: as many as the data has; else checked against it
+    drop_path_rate: float | None = number(None, low=0, high=0.99)
+    grad_checkpointing: bool = False  # recompute in backward: less memory, about a third more time
+    args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the model
+
+
+@dataclass(kw_only=True)
+class AnyData:
+    """Where the images of any task are and how many travel together; None leaves a value to the model."""
+
+    local: typing.ClassVar[tuple[str, ...]] = ()  # names of which nothing can be downloaded
+
+    name: str = "???"
+    root: str | None = None  # the folder of the data set
+    download: bool = False  # torchvision sets only
+    batch_size: int = number(64, low=1)  # images per process and step
+    val_batch_size: int | None = number(None, low=1)
+    workers: int = number(2, low=0, high=512)  # reader processes for each training process
+    image_size: int | None = number(None, low=1, high=16384)
+    mean: list[float] | None = number(None, length=3)
+    std: list[float] | None = number(None, above=0, length=3)
+    bad_images: str = choice("error", ("error", "skip"))  # skip: go on without, list them in bad_files.txt
+    max_bad: float = number(
+        0.01, low=0, high=1
+    )  # with skip: stop above this share (five files are always allowed)
+
+
+@dataclass(kw_only=True)
+class Data(AnyData):
+    """Images of one class each; `root`: train/ and val/ of a folder, or where torchvision keeps its files."""
+
+    local = ("folder", "digits")
+
+    name: str = choice("???", _data_sets)
+    crop_pct: float | None = number(None, above=0, high=1)  # share of the side that validation keeps
+    interpolation: str | None = choice(None, ("bicubic", "bilinear", "nearest", "lanczos"))
+
+
+@dataclass(kw_only=True)
+class Augment:
+    """Changes to training images; every random number follows from seed, epoch and image."""
+
+    crop_scale: list[float] | None = number(
+        [0.08, 1.0], above=0, high=1, length=2
+    )  # None: resize, do not crop
+    crop_ratio: list[float] = number([0.75, 4 / 3], above=0, length=2)
+    interpolation: str = choice("random", ("random", "bicubic", "bilinear", "nearest", "lanczos"))
+    hflip: float = number(0.5, low=0, high=1)
+    vflip: float = number(0.0, low=0, high=1)
+    rotate: float = number(0.0, low=0, high=180)  # degrees to either side
+    shift: float = number(0.0, low=0, high=1)  # share of the side
+    zoom: float = number(0.0, low=0, high=0.99)  # 0.1: between 0.9 and 1.1
+    shear: float = number(0.0, low=0, high=89)  # degrees to either side
+    color_jitter: float = number(0.0, low=0)  # replaced by auto_augment where that is given, as in timm
+    auto_augment: str | None = notation(
+        None,
+        _is_auto_augment,
+        "timm's notation, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original",
+    )
+    random_erasing: float = number(0.0, low=0, high=1)
+    mixup: float = number(0.0, low=0)
+    cutmix: float = number(0.0, low=0)
+    mix_prob: float = number(1.0, low=0, high=1)
+    mix_switch: float = number(0.5, low=0, high=1)  # how often cutmix where both are on
+    label_smoothing: float = number(0.0, low=0, high=0.999)
+
+
+@dataclass(kw_only=True)
+class Optim:
+    """Optimiser and schedule; the learning rate is a function of the step alone."""
+
+    name: str = choice("adamw", _optimizers, slow=True)
+    lr: float = number(1e-3, above=0)
+    lr_base_batch: int | None = number(
+        None, low=1
+    )  # lr belongs to this many images a step; scaled to the actual
+    weight_decay: float = number(0.05, low=0)
+    layer_decay: float | None = number(None, above=0, high=1)
+    betas: list[float] | None = number(None, low=0, high=0.99999, length=2)
+    momentum: float = number(0.9, low=0, high=0.99999)
+    args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the optimiser
+    schedule: str = choice("cosine", ("cosine", "linear", "constant"))
+    epochs: int = number(100, low=1)  # of the schedule
+    cooldown_epochs: int = number(0, low=0)  # after it, at min_lr
+    warmup_epochs: float = number(5.0, low=0)  # replaces the beginning of the schedule, as in timm
+    warmup_lr: float = number(1e-6, low=0)
+    min_lr: float = number(1e-6, low=0)
+    clip_grad: float | None = number(None, above=0)  # norm of all gradients together
+    accumulate: int = number(1, low=1)  # batches for each step
+    ema: float | None = number(
+        None, low=0, high=0.999999
+    )  # decay of the averaged weights, which are then the result
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Lightning's own names where Lightning has one, and what the run folder keeps."""
+
+    accelerator: str = choice("auto", ("auto", "cpu", "gpu", "cuda", "mps", "tpu"))
+    devices: int | str = "auto"
+    num_nodes: int = number(1, low=1)
+    strategy: str = "auto"
+    precision: str = choice("32-true", PRECISIONS)
+    deterministic: bool = False  # refuse operations that differ from run to run (GPU)
+    compile: bool = False
+    channels_last: bool = False
+    val_every: int = number(1, low=1)  # epochs
+    log_every: int = number(10, low=1)  # steps
+    save_every: int = number(1000, low=1)  # steps between saves of last.ckpt inside an epoch
+    keep_best: int = number(1, low=1)  # checkpoints kept by the validation metric of the task
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """All of a training run that is not code; `zoo.recipe` makes one from a file.
+
+    This is the recipe of classification; those of other tasks replace sections and add their own.
+    """
+
+    task: str = choice("classification", lambda: tuple(RECIPES))
+    name: str = ""  # of the run folder; the recipe's file name unless given
+    seed: int = number(0, low=0, high=2**31 - 1)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    trainer: Trainer = field(default_factory=Trainer)
+
+    # What each interpolated key said and became: `plain` puts the former back, so that no secret is saved.
+    _interpolated: typing.ClassVar[dict[str, tuple[str, Any]]] = {}
+
+    def refuse(self) -> None:
+        """Raise ConfigError for values of the task that do not fit together."""
+        augment = self.augment
+        for key in ("crop_scale", "crop_ratio"):
+            refuse_disorder(f"augment.{key}", getattr(augment, key))
+        if (augment.mixup or augment.cutmix) and self.data.batch_size % 2:
+            raise ConfigError(
+                f"data.batch_size={self.data.batch_size} must be even with augment.mixup or augment.cutmix"
+            )
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain containers for a file, with `${...}` as it was written, not what it stood for."""
+        container = _plain(dataclasses.asdict(self))
+        for key, (written, meant) in self._interpolated.items():
+            if pick(container, key) == meant:
+                put(container, key, written)
+        return container
+
+    def shown(self, key: str) -> Any:
+        """Return the value of a dotted key as a message may show it: as written, never a resolved secret."""
+        return pick(self.plain(), key)
+
+    def conceal(self, text: str) -> str:
+        """Return a text with what interpolations stood for replaced by how they were written."""
+        for written, meant in self._interpolated.values():
+            if isinstance(meant, str) and len(meant) > 2:
+                text = text.replace(meant, written)
+        return text
+
+    def yaml(self) -> str:
+        """Return the recipe as a YAML file that `zoo train` accepts."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+
+
+RECIPES: dict[str, type[Recipe]] = {"classification": Recipe}
+
+
+def refuse_disorder(key: str, pair: list[float] | None) -> None:
+    """Raise ConfigError where the first of two numbers is the larger one."""
+    if pair is not None and pair[0] > pair[1]:
+        raise ConfigError(f"{key}={pair} must go from the smaller number to the larger")
+
+
+# ---- plain containers
+
+
+def pick(container: dict[str, Any], key: str) -> Any:
+    """Return the value at a dotted key, or None."""
+    for part in key.split("."):
+        container = container.get(part) if isinstance(container, dict) else None
+    return container
+
+
+def put(container: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at a dotted key of nested dictionaries, making those on the way."""
+    *parents, leaf = key.split(".")
+    for part in parents:
+        if not isinstance(container.get(part), dict):
+            container[part] = {}
+        container = container[part]
+    container[leaf] = value
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML and the safe reader of checkpoints know it, from paths and array scalars too."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, bool | int | float | str) and type(value).__module__ == "builtins" or value is None:
+        return value
+    if hasattr(value, "item"):
+        return value.item()
+    raise ConfigError(f"{value!r} in a recipe is neither a number nor a text; recipes hold plain values only")

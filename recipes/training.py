@@ -1,0 +1,140 @@
+"""Training as every task has it: optimiser, schedule, averaged weights, exact steps, refusal of bad losses.
+
+What a task says is in its `Objective`. All that must hold at any stop and any number of workers is here and
+in `checkpoints`, so that no task can lose it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.recipes.data.loader import EpochLoader, reseed
+from zoo.recipes.schema import Optim, Recipe
+from zoo.recipes.tasks.base import Objective
+
+
+class Training(pl.LightningModule):
+    """Trains `model` on the batches of `loader`; `result` holds the metrics of the last validation."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, loader: EpochLoader, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.recipe, self.loader, self.objective = model, recipe, loader, objective
+        ema = recipe.optim.ema
+        self.ema = ModelEmaV3(model, decay=ema).requires_grad_(False) if ema is not None else None
+        self.result: dict[str, float] = {}
+        self.losses: list[Tensor] = []  # of the batches since the last step
+        if recipe.trainer.channels_last:
+            model.to(memory_format=torch.channels_last)
+            self.result_model.to(memory_format=torch.channels_last)
+        if recipe.trainer.compile:
+            model.compile()
+
+    @property
+    def result_model(self) -> nn.Module:
+        """The network that is validated and exported."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return math.ceil(len(self.loader) / self.recipe.optim.accumulate)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.recipe.optim
+        lr = optim.lr
+        if optim.lr_base_batch is not None:
+            batch = self.recipe.data.batch_size * optim.accumulate * self.trainer.world_size
+            lr *= batch / optim.lr_base_batch
+        betas = {"betas": tuple(optim.betas)} if optim.betas is not None else {}
+        optimizer = create_optimizer_v2(
+            self.model,
+            opt=optim.name,
+            lr=lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            layer_decay=optim.layer_decay,
+            **betas,
+            **optim.args,
+        )
+        self.schedule = schedule(optimizer, optim, self.steps_per_epoch)
+        return optimizer
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout, drop path and mixup of a step follow from its number: a resumed run repeats them exactly.
+        reseed(self.recipe.seed, "step", self.current_epoch, batch_idx, self.global_rank)
+        self.schedule.step_update(self.trainer.global_step)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.objective.loss(self.model, self._format(batch))
+        if not torch.isfinite(loss):
+            self._refuse(loss, batch_idx)
+        self.losses.append(loss.detach())
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        step = self.trainer.global_step + 1
+        if step % self.recipe.trainer.log_every == 0:
+            self.write(step, train_loss=torch.stack(self.losses).mean().item(), lr=self.lr)
+        self.losses.clear()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the present step, before layer decay."""
+        groups = self.trainer.optimizers[0].param_groups
+        return max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.objective.update(self.result_model, self._format(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.result = self.objective.compute()
+        self.write(self.trainer.global_step, **self.result)
+
+    def write(self, step: int, **values: float) -> None:
+        """Send values to the run's metric files, under the number of steps done."""
+        for logger in self.loggers:
+            logger.log_metrics({"epoch": math.ceil(step / self.steps_per_epoch), **values}, step=step)
+
+    def _format(self, batch: Any) -> Any:
+        images, targets = batch
+        if self.recipe.trainer.channels_last and isinstance(images, Tensor):
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, targets
+
+    def _refuse(self, loss: Tensor, batch_idx: int) -> None:
+        batches = self.loader.batches
+        members = [self.loader.images.short(i) for i in batches.indices(self.current_epoch, batch_idx)]
+        some = ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
+        raise ZooError(
+            f"the loss became {loss.item()} at step {self.trainer.global_step + 1} (epoch "
+            f"{self.current_epoch + 1}, batch {batch_idx + 1}: {some}; lr {self.lr:.3g}); it is not saved; "
+            "lower optim.lr, set optim.clip_grad or use trainer.precision=32-true, and look at these images"
+        )
+
+
+def schedule(optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int) -> Scheduler:
+    """Return timm's schedule, a pure function of the number of steps done; it also applies layer decay."""
+    arguments: dict[str, Any] = {
+        "t_initial": optim.epochs * steps_per_epoch,
+        "lr_min": optim.min_lr,
+        "warmup_t": round(optim.warmup_epochs * steps_per_epoch),
+        "warmup_lr_init": optim.warmup_lr,
+        "t_in_epochs": False,
+    }
+    if optim.schedule == "cosine":
+        return CosineLRScheduler(optimizer, **arguments)
+    # Power 1 is the straight line, power 0 none at all.
+    return PolyLRScheduler(optimizer, power=1.0 if optim.schedule == "linear" else 0.0, **arguments)
