@@ -1,0 +1,67 @@
+"""From logits on a coarse map to the class of every pixel: whole or in windows, several views averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zoo.heads.layers import resize
+
+
+def segment(
+    model: nn.Module,
+    views: Sequence[Tensor],
+    size: tuple[int, int],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    flip: bool = False,
+) -> Tensor:
+    """Return log-probabilities [B, classes, height, width] at `size` from views of the same images.
+
+    `views` are the images [B, C, y, x] at one or several sizes; their probabilities are averaged, and with
+    `flip` those of the mirrored views with them. `window` pixels at a time are seen, `stride` pixels apart
+    (None: two thirds of the window), and logits are averaged where windows overlap; None sees all at once.
+    """
+    total: Tensor | None = None
+    count = 0
+    for view in views:
+        for mirrored in (False, True) if flip else (False,):
+            images = view.flip(-1) if mirrored else view
+            logits = _whole(model, images) if window is None else _windows(model, images, window, stride)
+            logits = resize(logits.flip(-1) if mirrored else logits, size)
+            if len(views) == 1 and not flip:
+                return logits.log_softmax(1)
+            probabilities = logits.softmax(1)
+            total = probabilities if total is None else total + probabilities
+            count += 1
+    return (total / count).log()
+
+
+def _whole(model: nn.Module, images: Tensor) -> Tensor:
+    return resize(model(images).float(), images)
+
+
+def _windows(model: nn.Module, images: Tensor, window: int, stride: int | None) -> Tensor:
+    step = stride if stride is not None else max(1, window * 2 // 3)
+    height, width = images.shape[-2:]
+    total: Tensor | None = None
+    seen = torch.zeros(height, width, device=images.device)
+    for y in _starts(height, window, step):
+        for x in _starts(width, window, step):
+            area = (..., slice(y, y + window), slice(x, x + window))
+            logits = _whole(model, images[area])
+            if total is None:
+                total = logits.new_zeros(len(images), logits.shape[1], height, width)
+            total[area] += logits
+            seen[area] += 1
+    return total / seen
+
+
+def _starts(length: int, window: int, step: int) -> Iterator[int]:
+    """Where windows begin: `step` apart, and the last one ends at the border."""
+    last = max(0, length - window)
+    yield from range(0, last, step)
+    yield last
