@@ -13,12 +13,15 @@ from zoo.kernels.merge.op import merge_attentions
 from zoo.kernels.neighborhood import op as _neighborhood
 from zoo.kernels.neighborhood.natten import na1d, na2d, na3d
 from zoo.kernels.neighborhood.op import neighborhood_attention, neighborhood_indices
+from zoo.kernels.window import op as _window
+from zoo.kernels.window.op import window_attention
 
 _EXPLAIN = {
     "block_sparse_attention": _block_sparse.explain,
     "deformable_attention": _deformable.explain_attention,
     "deformable_sample": _deformable.explain_sample,
     "neighborhood_attention": _neighborhood.explain,
+    "window_attention": _window.explain,
 }
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_indices",
     "use_backend",
+    "window_attention",
 ]
 
 

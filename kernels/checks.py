@@ -1,0 +1,55 @@
+"""What operations ask of their tensors, whatever they compute."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def same_kind(**tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors in the dtype of the call: the first one's, or autocast's where that is at work.
+
+    The arguments are named as in the operation, which the errors repeat. Raises: ValueError for a tensor of
+    another device, of another dtype without autocast, or of a dtype that is no floating point number.
+    """
+    (first, lead), *_ = tensors.items()
+    dtype = lead.dtype
+    if autocasts(lead) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(lead.device.type)
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        floating(name, x)
+        if x.device != lead.device:
+            raise ValueError(f"{name} must be on {first}'s device {lead.device}, found {x.device}")
+        if x.dtype != lead.dtype and dtype == lead.dtype:
+            raise ValueError(f"{name} must have {first}'s dtype {lead.dtype}, found {x.dtype}")
+    return [None if x is None else x.to(dtype) for x in tensors.values()]
+
+
+def floating(name: str, x: Tensor) -> None:
+    """Raise ValueError for a tensor whose dtype the operations do not compute in."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
+
+
+def scale_or_default(scale: float | None, width: int) -> float:
+    """Return the number that multiplies q.k, D**-0.5 where none is given."""
+    if isinstance(scale, Tensor):
+        raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
+    return width**-0.5 if scale is None else float(scale)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is at work on the device of `x`."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A block in which autocast does not change dtypes: those of the call are settled."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()

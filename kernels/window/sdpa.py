@@ -1,0 +1,39 @@
+"""Window attention through PyTorch's fused attention, without a mask; for any device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.kernels.window.windows import in_windows
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+    bias: Tensor | None,
+    *,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the output [B, Y, X, H, Dv] and, where asked for, the natural-log LSE [B, Y, X, H]."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    # SDPA returns no LSE, wants one width, and is slower than two products where a bias wants its gradient.
+    fused = not return_lse and v.shape[-1] == k.shape[-1]
+    fused = fused and not (bias is not None and bias.requires_grad and torch.is_grad_enabled())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if fused:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+        logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)
+        logits = logits if bias is None else logits + bias
+        out = logits.softmax(dim=-1) @ v.to(dtype)
+        return out, logits.logsumexp(dim=-1, keepdim=True) if return_lse else None
+
+    if bias is not None:
+        bias = bias.to(dtype)
+    return in_windows(attend, q, k, v, window_size, shift, bias)
