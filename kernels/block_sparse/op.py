@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import dispatch
+from zoo.kernels import dispatch, tile
 from zoo.kernels.block_sparse import reference, schema
 from zoo.kernels.block_sparse.blocks import BlockList
 
@@ -188,7 +188,20 @@ def _cpu_why_not(call: Call) -> str | None:
     return dispatch.why_not_opaque()
 
 
+def _describe_triton(call: Call) -> str:
+    from zoo.kernels.block_sparse import triton
+
+    return triton.describe(call.q, call.v, call.blocks.query_size, call.blocks.key_size)
+
+
 dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "triton",
+        run=lambda call: _run(call, "triton"),
+        why_not=lambda call: tile.why_not(call.q, call.v),
+        missing=tile.missing,
+        configuration=_describe_triton,
+    ),
     dispatch.Backend(
         "cpu",
         run=lambda call: _run(call, "cpu"),

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from zoo.kernels import dispatch
-from zoo.kernels.neighborhood import cpu, reference
+from zoo.kernels import dispatch, tile
+from zoo.kernels.neighborhood import cpu, reference, schema
 from zoo.kernels.neighborhood.geometry import Axis, keys_of
 
 OP = "neighborhood_attention"
@@ -237,7 +237,28 @@ def _cpu_why_not(call: Call) -> str | None:
     return None if call.q.device.type == "cpu" else f"the tensors are on {call.q.device}"
 
 
+def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
+    grid = call.q.shape[1:-2]
+    q, k, v = (x.flatten(1, -3) for x in (call.q, call.k, call.v))
+    axes = schema.numbers_of(call.axes)
+    out, lse = schema.forward(q, k, v, call.rpb, call.extra_k, call.extra_v, axes, call.scale, "triton")
+    return out.unflatten(1, grid), lse.unflatten(1, grid)
+
+
+def _describe_triton(call: Call) -> str:
+    from zoo.kernels.neighborhood import triton
+
+    return triton.describe(call.axes, call.q, call.v)
+
+
 dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "triton",
+        run=_run_triton,
+        why_not=lambda call: tile.why_not(call.q, call.v),
+        missing=tile.missing,
+        configuration=_describe_triton,
+    ),
     dispatch.Backend(
         "cpu",
         run=lambda call: cpu.neighborhood_attention(*_arguments(call), return_lse=call.return_lse),

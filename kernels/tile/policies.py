@@ -1,0 +1,389 @@
+"""Which tiles meet: the policies of the template, each a handful of jit functions.
+
+A policy is handed to the template as functions in constexpr arguments. All of them take the policy's data P,
+a tuple of numbers and pointers, and SHAPE, a tuple of constants:
+
+    own_*(P, SHAPE, i_tile)                tokens, which of them exist, what a mask needs of them
+    *_of(P, SHAPE, i_tile, i_b, i_h)       how many tiles of the other side meet this one, and where they are
+    visit_*(P, SHAPE, where, t)            tokens, existence and mask facts of the t-th of them
+    allow(P, SHAPE, of_q, of_k, m_k, Q)    which pairs see each other; queries run along axis Q of the result
+"""
+
+# Triton compiles both branches where a return ends a constant condition, unless the other is an else.
+# ruff: noqa: RET505
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def along(x, AXIS: tl.constexpr):
+    """A vector as axis AXIS of a tile."""
+    return tl.expand_dims(x, 1 - AXIS)
+
+
+# Dense: P = (N, M), SHAPE = (TQ, TK) -----------------------------------------------------------------------
+
+
+@triton.jit
+def dense_own_q(P, SHAPE: tl.constexpr, i_tile):
+    o = i_tile * SHAPE[0] + tl.arange(0, SHAPE[0])
+    return o, o < P[0], (o,)
+
+
+@triton.jit
+def dense_own_k(P, SHAPE: tl.constexpr, i_tile):
+    o = i_tile * SHAPE[1] + tl.arange(0, SHAPE[1])
+    return o, o < P[1], (o,)
+
+
+@triton.jit
+def dense_keys_of(P, SHAPE: tl.constexpr, i_tile, i_b, i_h):
+    return tl.cdiv(P[1], SHAPE[1]), (0,)
+
+
+@triton.jit
+def dense_queries_of(P, SHAPE: tl.constexpr, i_tile, i_b, i_h):
+    return tl.cdiv(P[0], SHAPE[0]), (0,)
+
+
+@triton.jit
+def dense_visit_k(P, SHAPE: tl.constexpr, where, t):
+    return dense_own_k(P, SHAPE, t)
+
+
+@triton.jit
+def dense_visit_q(P, SHAPE: tl.constexpr, where, t):
+    return dense_own_q(P, SHAPE, t)
+
+
+@triton.jit
+def dense_allow(P, SHAPE: tl.constexpr, of_q, of_k, m_k, Q: tl.constexpr):
+    return along(of_q[0] >= 0, Q) & along(m_k, 1 - Q)
+
+
+# Block lists -----------------------------------------------------------------------------------------------
+# P = (offsets, indices, inverse offsets, inverse indices, query segments, key segments, N, M,
+#      strides of the four lists by image and by head)
+# SHAPE = (TQ, TK, queries per block, keys per block, every key tile is full, segments)
+
+
+@triton.jit
+def _in_block(block, sub, tokens, T: tl.constexpr, SIZE: tl.constexpr):
+    """Tokens of the sub-th tile of a block: a block may need several tiles, and fill the last in part."""
+    o = sub * T + tl.arange(0, T)
+    return block * SIZE + o, (o < SIZE) & (block * SIZE + o < tokens)
+
+
+@triton.jit
+def _of_list(p_offsets, offsets_b, offsets_h, indices_b, indices_h, row, i_b, i_h, SUB: tl.constexpr):
+    """How many tiles row `row` of list (i_b, i_h) names, and where its entries begin."""
+    p_row = p_offsets + i_b * offsets_b + i_h * offsets_h + row
+    begin = tl.load(p_row)
+    return (tl.load(p_row + 1) - begin) * SUB, (i_b * indices_b + i_h * indices_h + begin,)
+
+
+@triton.jit
+def list_query_facts(P, SHAPE: tl.constexpr, o, m):
+    if SHAPE[5]:
+        return (tl.load(P[4] + o, mask=m, other=-1),)
+    else:
+        return (o,)
+
+
+@triton.jit
+def list_key_facts(P, SHAPE: tl.constexpr, o, m):
+    if SHAPE[5]:
+        return (tl.load(P[5] + o, mask=m, other=-2),)
+    else:
+        return (o,)
+
+
+@triton.jit
+def list_own_q(P, SHAPE: tl.constexpr, i_tile):
+    SUB: tl.constexpr = (SHAPE[2] + SHAPE[0] - 1) // SHAPE[0]
+    o, m = _in_block(i_tile // SUB, i_tile % SUB, P[6], SHAPE[0], SHAPE[2])
+    return o, m, list_query_facts(P, SHAPE, o, m)
+
+
+@triton.jit
+def list_own_k(P, SHAPE: tl.constexpr, i_tile):
+    SUB: tl.constexpr = (SHAPE[3] + SHAPE[1] - 1) // SHAPE[1]
+    o, m = _in_block(i_tile // SUB, i_tile % SUB, P[7], SHAPE[1], SHAPE[3])
+    return o, m, list_key_facts(P, SHAPE, o, m)
+
+
+@triton.jit
+def list_keys_of(P, SHAPE: tl.constexpr, i_tile, i_b, i_h):
+    SUB_Q: tl.constexpr = (SHAPE[2] + SHAPE[0] - 1) // SHAPE[0]
+    SUB_K: tl.constexpr = (SHAPE[3] + SHAPE[1] - 1) // SHAPE[1]
+    return _of_list(P[0], P[8], P[9], P[10], P[11], i_tile // SUB_Q, i_b, i_h, SUB_K)
+
+
+@triton.jit
+def list_queries_of(P, SHAPE: tl.constexpr, i_tile, i_b, i_h):
+    SUB_Q: tl.constexpr = (SHAPE[2] + SHAPE[0] - 1) // SHAPE[0]
+    SUB_K: tl.constexpr = (SHAPE[3] + SHAPE[1] - 1) // SHAPE[1]
+    return _of_list(P[2], P[12], P[13], P[14], P[15], i_tile // SUB_K, i_b, i_h, SUB_Q)
+
+
+@triton.jit
+def list_visit_k(P, SHAPE: tl.constexpr, where, t):
+    SUB: tl.constexpr = (SHAPE[3] + SHAPE[1] - 1) // SHAPE[1]
+    block = tl.load(P[1] + where[0] + t // SUB)
+    o, m = _in_block(block, t % SUB, P[7], SHAPE[1], SHAPE[3])
+    if SHAPE[4]:
+        m = tl.full([SHAPE[1]], True, tl.int1)
+    return o, m, list_key_facts(P, SHAPE, o, m)
+
+
+@triton.jit
+def list_visit_q(P, SHAPE: tl.constexpr, where, t):
+    SUB: tl.constexpr = (SHAPE[2] + SHAPE[0] - 1) // SHAPE[0]
+    block = tl.load(P[3] + where[0] + t // SUB)
+    o, m = _in_block(block, t % SUB, P[6], SHAPE[0], SHAPE[2])
+    return o, m, list_query_facts(P, SHAPE, o, m)
+
+
+@triton.jit
+def list_allow(P, SHAPE: tl.constexpr, of_q, of_k, m_k, Q: tl.constexpr):
+    if SHAPE[5]:  # a key that does not exist has a segment that no query has
+        return along(of_q[0], Q) == along(of_k[0], 1 - Q)
+    else:
+        return along(of_q[0] >= 0, Q) & along(m_k, 1 - Q)
+
+
+# Neighborhoods ---------------------------------------------------------------------------------------------
+# Three axes always; a grid of fewer has axes of length 1 in front, which the compiler folds away.
+# P = (length, kernel size, dilation, stride) of every axis
+# SHAPE = (TQ, TK, three sides of a query tile, three of a key tile, three times causal, rank)
+# A tile is a box of one dilation group; positions count inside the group.
+
+
+@triton.jit
+def _first_key(p, K, S, n, CAUSAL: tl.constexpr):
+    """First key position of the window of position p in a group of n."""
+    if CAUSAL:
+        return tl.maximum(tl.minimum(p // S * S + S - 1, n - 1) - K + 1, 0)
+    else:
+        return tl.minimum(tl.maximum(tl.minimum(p // S * S + S // 2, n - 1) - K // 2, 0), n - K)
+
+
+@triton.jit
+def _last_key(p, K, S, n, CAUSAL: tl.constexpr):
+    """One past the last key position."""
+    if CAUSAL:
+        return p + 1
+    else:
+        return _first_key(p, K, S, n, CAUSAL) + K
+
+
+@triton.jit
+def _first_query(c, K, S, n, CAUSAL: tl.constexpr):
+    """First position whose window ends after key position c: windows only move forward."""
+    if CAUSAL:
+        return c
+    else:
+        # Its leader is at least c - K + 1 + K // 2, unless the window is the first of all.
+        leader = tl.maximum(c - K + 1 + K // 2 - S // 2, 0)
+        return tl.where(c < K, 0, (leader + S - 1) // S * S)
+
+
+@triton.jit
+def _last_query(c, K, S, n, CAUSAL: tl.constexpr):
+    """One past the last position whose window begins at key position c or before."""
+    if CAUSAL:
+        return tl.where(c + K >= n, n, tl.minimum(n, ((c + K - S) // S + 1) * S))
+    else:
+        return tl.where(c + K >= n, n, tl.minimum(n, ((c + K // 2 - S // 2) // S + 1) * S))
+
+
+@triton.jit
+def _tiles(P, A: tl.constexpr, SIDE: tl.constexpr):
+    """Tiles of a group along an axis; the first group is the longest."""
+    return tl.cdiv(tl.cdiv(P[4 * A], P[4 * A + 2]), SIDE)
+
+
+@triton.jit
+def _corner_on_axis(P, i, A: tl.constexpr, SIDE: tl.constexpr):
+    """Group, first position and length of the group of the i-th tile along an axis."""
+    tiles = _tiles(P, A, SIDE)
+    group = i // tiles
+    return group, i % tiles * SIDE, tl.cdiv(P[4 * A] - group, P[4 * A + 2])
+
+
+@triton.jit
+def na_corner(P, i_tile, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr):
+    """(group, position, length of the group) of a tile on all three axes."""
+    n1 = _tiles(P, 1, S1) * P[6]
+    n2 = _tiles(P, 2, S2) * P[10]
+    g0, p0, l0 = _corner_on_axis(P, i_tile // (n1 * n2), 0, S0)
+    g1, p1, l1 = _corner_on_axis(P, i_tile // n2 % n1, 1, S1)
+    g2, p2, l2 = _corner_on_axis(P, i_tile % n2, 2, S2)
+    return (g0, p0, l0, g1, p1, l1, g2, p2, l2)
+
+
+@triton.jit
+def na_tokens(P, g0, g1, g2, p0, p1, p2):
+    return ((p0 * P[2] + g0) * P[4] + p1 * P[6] + g1) * P[8] + p2 * P[10] + g2
+
+
+@triton.jit
+def na_query_facts(P, SHAPE: tl.constexpr, p0, p1, p2, l0, l1, l2):
+    """First keys of all axes, then positions."""
+    return (
+        _first_key(p0, P[1], P[3], l0, SHAPE[8]),
+        _first_key(p1, P[5], P[7], l1, SHAPE[9]),
+        _first_key(p2, P[9], P[11], l2, SHAPE[10]),
+        p0,
+        p1,
+        p2,
+    )
+
+
+@triton.jit
+def na_box(p0, p1, p2, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr):
+    """Positions of all tokens of a box with its corner at (p0, p1, p2)."""
+    o = tl.arange(0, S0 * S1 * S2)
+    return p0 + o // (S1 * S2), p1 + o // S2 % S1, p2 + o % S2
+
+
+@triton.jit
+def na_own_q(P, SHAPE: tl.constexpr, i_tile):
+    c = na_corner(P, i_tile, SHAPE[2], SHAPE[3], SHAPE[4])
+    p0, p1, p2 = na_box(c[1], c[4], c[7], SHAPE[2], SHAPE[3], SHAPE[4])
+    m = (p0 < c[2]) & (p1 < c[5]) & (p2 < c[8])
+    facts = na_query_facts(P, SHAPE, p0, p1, p2, c[2], c[5], c[8])
+    return na_tokens(P, c[0], c[3], c[6], p0, p1, p2), m, facts
+
+
+@triton.jit
+def na_own_k(P, SHAPE: tl.constexpr, i_tile):
+    c = na_corner(P, i_tile, SHAPE[5], SHAPE[6], SHAPE[7])
+    p0, p1, p2 = na_box(c[1], c[4], c[7], SHAPE[5], SHAPE[6], SHAPE[7])
+    m = (p0 < c[2]) & (p1 < c[5]) & (p2 < c[8])
+    return na_tokens(P, c[0], c[3], c[6], p0, p1, p2), m, (p0, p1, p2)
+
+
+@triton.jit
+def na_key_range(P, c, A: tl.constexpr, SIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Keys on an axis that some query of the tile sees; none for a tile past the end of its group."""
+    n = c[3 * A + 2]
+    first = c[3 * A + 1]
+    last = tl.minimum(first + SIDE, n) - 1
+    low = _first_key(first, P[4 * A + 1], P[4 * A + 3], n, CAUSAL)
+    high = _last_key(last, P[4 * A + 1], P[4 * A + 3], n, CAUSAL)
+    return low, tl.where(first < n, high, low)
+
+
+@triton.jit
+def _query_range(P, c, A: tl.constexpr, SIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Queries on an axis that see some key of the tile."""
+    n = c[3 * A + 2]
+    first = c[3 * A + 1]
+    last = tl.minimum(first + SIDE, n) - 1
+    low = _first_query(first, P[4 * A + 1], P[4 * A + 3], n, CAUSAL)
+    high = _last_query(last, P[4 * A + 1], P[4 * A + 3], n, CAUSAL)
+    return low, tl.where(first < n, tl.maximum(high, low), low)
+
+
+@triton.jit
+def na_keys_of(P, SHAPE: tl.constexpr, i_tile, i_b, i_h):
+    c = na_corner(P, i_tile, SHAPE[2], SHAPE[3], SHAPE[4])
+    a0, z0 = na_key_range(P, c, 0, SHAPE[2], SHAPE[8])
+    a1, z1 = na_key_range(P, c, 1, SHAPE[3], SHAPE[9])
+    a2, z2 = na_key_range(P, c, 2, SHAPE[4], SHAPE[10])
+    n1 = tl.cdiv(z1 - a1, SHAPE[6])
+    n2 = tl.cdiv(z2 - a2, SHAPE[7])
+    count = tl.cdiv(z0 - a0, SHAPE[5]) * n1 * n2
+    return count, (a0, a1, a2, z0, z1, z2, n1, n2, c[0], c[3], c[6])
+
+
+@triton.jit
+def na_queries_of(P, SHAPE: tl.constexpr, i_tile, i_b, i_h):
+    c = na_corner(P, i_tile, SHAPE[5], SHAPE[6], SHAPE[7])
+    a0, z0 = _query_range(P, c, 0, SHAPE[5], SHAPE[8])
+    a1, z1 = _query_range(P, c, 1, SHAPE[6], SHAPE[9])
+    a2, z2 = _query_range(P, c, 2, SHAPE[7], SHAPE[10])
+    n1 = tl.cdiv(z1 - a1, SHAPE[3])
+    n2 = tl.cdiv(z2 - a2, SHAPE[4])
+    count = tl.cdiv(z0 - a0, SHAPE[2]) * n1 * n2
+    return count, (a0, a1, a2, z0, z1, z2, n1, n2, c[0], c[3], c[6], c[2], c[5], c[8])
+
+
+@triton.jit
+def na_visit_k(P, SHAPE: tl.constexpr, where, t):
+    n1 = where[6]
+    n2 = where[7]
+    p0, p1, p2 = na_box(
+        where[0] + t // (n1 * n2) * SHAPE[5],
+        where[1] + t // n2 % n1 * SHAPE[6],
+        where[2] + t % n2 * SHAPE[7],
+        SHAPE[5],
+        SHAPE[6],
+        SHAPE[7],
+    )
+    m = (p0 < where[3]) & (p1 < where[4]) & (p2 < where[5])
+    return na_tokens(P, where[8], where[9], where[10], p0, p1, p2), m, (p0, p1, p2)
+
+
+@triton.jit
+def na_visit_q(P, SHAPE: tl.constexpr, where, t):
+    n1 = where[6]
+    n2 = where[7]
+    p0, p1, p2 = na_box(
+        where[0] + t // (n1 * n2) * SHAPE[2],
+        where[1] + t // n2 % n1 * SHAPE[3],
+        where[2] + t % n2 * SHAPE[4],
+        SHAPE[2],
+        SHAPE[3],
+        SHAPE[4],
+    )
+    m = (p0 < where[3]) & (p1 < where[4]) & (p2 < where[5])
+    facts = na_query_facts(P, SHAPE, p0, p1, p2, where[11], where[12], where[13])
+    return na_tokens(P, where[8], where[9], where[10], p0, p1, p2), m, facts
+
+
+@triton.jit
+def _within(P, of_q, of_k, A: tl.constexpr, CAUSAL: tl.constexpr, Q: tl.constexpr):
+    """Is the key in the query's window on this axis: one unsigned comparison for both ends."""
+    apart = along(of_k[A], 1 - Q) - along(of_q[A], Q)
+    if CAUSAL:
+        size = along(of_q[3 + A] + 1 - of_q[A], Q)
+    else:
+        size = tl.zeros([1, 1], tl.int32) + P[4 * A + 1]
+    return apart.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def na_allow(P, SHAPE: tl.constexpr, of_q, of_k, m_k, Q: tl.constexpr):
+    ok = _within(P, of_q, of_k, 2, SHAPE[10], Q)
+    if SHAPE[11] > 1:
+        ok &= _within(P, of_q, of_k, 1, SHAPE[9], Q)
+    if SHAPE[11] > 2:
+        ok &= _within(P, of_q, of_k, 0, SHAPE[8], Q)
+    return ok
+
+
+# Biases: what is added to the logits of a tile -------------------------------------------------------------
+# bias(B, P, SHAPE, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_b, i_h, Q) with B the bias's own data
+
+
+@triton.jit
+def table_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_b, i_h, Q: tl.constexpr):
+    """A number for each pair of tokens. B = (table, its four strides)."""
+    o = along(o_q.to(tl.int64) * B[3], Q) + along(o_k.to(tl.int64) * B[4], 1 - Q)
+    return tl.load(B[0] + i_b * B[1] + i_h * B[2] + o, mask=along(m_q, Q) & along(m_k, 1 - Q), other=0.0)
+
+
+@triton.jit
+def relative_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_b, i_h, Q: tl.constexpr):
+    """A number for each offset between key and query on the grid. B = (table, stride of a head)."""
+    r2 = along(of_k[2], 1 - Q) - along(of_q[5], Q) + P[9] - 1
+    if SHAPE[11] > 1:
+        r2 += (along(of_k[1], 1 - Q) - along(of_q[4], Q) + P[5] - 1) * (2 * P[9] - 1)
+    if SHAPE[11] > 2:
+        r2 += (along(of_k[0], 1 - Q) - along(of_q[3], Q) + P[1] - 1) * ((2 * P[5] - 1) * (2 * P[9] - 1))
+    return tl.load(B[0] + i_h * B[1] + r2, mask=ok & along(m_q, Q), other=0.0)
