@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.deformable.reference import displacements
+from zoo.kernels.deformable.reference import displacements, query_points
+
+PAIRS_AT_ONCE = 1 << 24  # queries times keys, heads and images: a large map is done in parts
 
 
 def deformable_sample(x: Tensor, positions: Tensor) -> Tensor:
@@ -33,31 +35,53 @@ def deformable_attention(
     """Return the output [B, Y, X, H, Dv] and, where asked for, the natural-log LSE [B, Y, X, H]."""
     grid, shared = q.shape[1:3], q.shape[3] // k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    added = None if bias is None else bias.to(dtype)
+    points = None
     if table is not None:
-        relative = _relative_bias(table.to(dtype), positions.to(dtype), grid, query_grid)
-        added = relative if added is None else relative + added
+        table, positions = table.to(dtype), positions.to(dtype)
+        points = query_points(grid, query_grid, positions)
     q, k, v = (x.transpose(1, 2) for x in (q.flatten(1, 2), k, v))  # [B, H, N, D]
     k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
+    bias = None if bias is None else bias.to(dtype).expand(*q.shape[:3], k.shape[2])
 
-    if not return_lse and (added is None or not added.requires_grad):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
-        return out.transpose(1, 2).unflatten(1, grid), None
+    def attend(some: slice) -> tuple[Tensor, Tensor | None]:
+        added = None if bias is None else bias[:, :, some]
+        if table is not None:
+            relative = _relative_bias(table, points[some], positions)
+            added = relative if added is None else relative + added
+        return _attend(q[:, :, some], k, v, added, scale, return_lse)
+
+    step = queries = q.shape[2]
+    if not torch.compiler.is_compiling():  # a graph of a free batch cannot depend on its size
+        step = max(1, PAIRS_AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = [attend(slice(start, start + step)) for start in range(0, queries, step)]
+    out, lse = (_cat(same) for same in zip(*parts, strict=True))
+    return tuple(None if x is None else x.transpose(1, 2).unflatten(1, grid) for x in (out, lse))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """[B, H, N, D] in, [B, H, N, D] and [B, H, N] out."""
+    if not return_lse and (bias is None or not bias.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
     # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
+    dtype = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)
-    logits = logits if added is None else logits + added
-    out = (logits.softmax(dim=-1) @ v.to(dtype)).transpose(1, 2).unflatten(1, grid)
-    lse = logits.logsumexp(dim=-1).transpose(1, 2).unflatten(1, grid) if return_lse else None
-    return out, lse
+    logits = logits if bias is None else logits + bias
+    return logits.softmax(dim=-1) @ v.to(dtype), logits.logsumexp(dim=-1) if return_lse else None
 
 
-def _relative_bias(table: Tensor, positions: Tensor, grid: tuple[int, int], query_grid: str) -> Tensor:
-    """The table [H, Ty, Tx] at the displacement of every query from every key: [B, H, Y * X, N]."""
-    batch, groups, keys = positions.shape[:3]
-    apart = displacements(positions, grid, query_grid)  # [B, G, Q, N, 2]
+def _relative_bias(table: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
+    """The table [H, Ty, Tx] at the displacement of queries [Q, 2] from keys [B, G, N, 2]: [B, H, Q, N]."""
+    batch, groups = positions.shape[:2]
+    apart = displacements(queries, positions)  # [B, G, Q, N, 2]
     # The batch goes with the queries, so that the table is not repeated for it.
     bias = _grid_sample(table.unflatten(0, (groups, -1)), apart.transpose(0, 1).flatten(1, 2))
     return bias.flatten(0, 1).unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _cat(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, 2)
 
 
 def _grid_sample(maps: Tensor, positions: Tensor) -> Tensor:

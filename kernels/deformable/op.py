@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch
+from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
 from zoo.kernels.deformable import cpu, reference
 
 SAMPLE, ATTENTION = "deformable_sample", "deformable_attention"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUERY_GRIDS = ("corners", "centres")
 
 
@@ -125,8 +123,8 @@ def _check_sample(x: Tensor, positions: Tensor) -> SampleCall:
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x must be [B, Y, X, C] with at least one token, found shape {tuple(x.shape)}")
     _check_positions(positions, x.shape[0], None, x.shape[-1], "channels")
-    for name, tensor in (("x", x), ("positions", positions)):
-        _check_tensor(name, tensor, x.device)
+    floating("x", x)
+    _check_beside("positions", positions, x)
     return SampleCall(x, positions)
 
 
@@ -142,8 +140,8 @@ def _check_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> AttentionCall:
-    if q.ndim != 5 or 0 in q.shape[3:]:
-        raise ValueError(f"q must be [B, Y, X, H, D] with a head and a channel, found shape {tuple(q.shape)}")
+    if q.ndim != 5 or 0 in q.shape[1:]:
+        raise ValueError(f"q must be [B, Y, X, H, D] with no empty axis but B, found shape {tuple(q.shape)}")
     batch, rows, columns, heads, width = q.shape
     if k.ndim != 4 or k.shape[0] != batch or k.shape[-1] != width or k.shape[1] == 0:
         raise ValueError(
@@ -175,20 +173,11 @@ def _check_attention(
         ):
             raise ValueError(f"bias must broadcast to [B, H, Y * X, N] = {wanted}, found {tuple(bias.shape)}")
 
-    dtype = q.dtype
-    if _autocasts(q) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-    tensors = {"q": q, "k": k, "v": v, "positions": positions, "table": table, "bias": bias}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        _check_tensor(name, tensor, q.device)
-        if name in ("k", "v") and tensor.dtype != q.dtype and dtype == q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, found {tensor.dtype}")
-    if isinstance(scale, Tensor):
-        raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    scale = width**-0.5 if scale is None else float(scale)
+    for name, tensor in (("positions", positions), ("table", table), ("bias", bias)):
+        if tensor is not None:
+            _check_beside(name, tensor, q)
+    q, k, v = same_kind(q=q, k=k, v=v)
+    scale = scale_or_default(scale, width)
     return AttentionCall(q, k, v, positions, table, query_grid, bias, scale, return_lse)
 
 
@@ -203,21 +192,11 @@ def _check_positions(positions: Tensor, batch: int, keys: int | None, whole: int
         raise ValueError(f"the {positions.shape[1]} groups of positions must divide the {whole} {of}")
 
 
-def _check_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} as the tokens are, found {tensor.device}")
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def without_autocast(x: Tensor) -> Any:
-    """A block in which autocast does not change dtypes: those of the call are settled."""
-    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
+def _check_beside(name: str, tensor: Tensor, tokens: Tensor) -> None:
+    """A tensor that may have a dtype of its own, but not a device."""
+    floating(name, tensor)
+    if tensor.device != tokens.device:
+        raise ValueError(f"{name} must be on the tokens' device {tokens.device}, found {tensor.device}")
 
 
 # Backends ---------------------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ def deformable_attention(
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     if table is not None:
         batch, groups = positions.shape[:2]
-        apart = displacements(positions.to(dtype), grid, query_grid)  # [B, G, Q, N, 2]
+        positions = positions.to(dtype)
+        apart = displacements(query_points(grid, query_grid, positions), positions)  # [B, G, Q, N, 2]
         maps = table.to(dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1)
         relative = interpolate(maps.flatten(0, 1), apart.flatten(0, 1).flatten(1, 2))
         logits = logits + relative.view(logits.shape)
@@ -50,18 +51,20 @@ def deformable_attention(
     return out.unflatten(1, grid), lse.transpose(1, 2).unflatten(1, grid)
 
 
-def query_axis(length: int, query_grid: str, like: Tensor) -> Tensor:
-    """Where the tokens of one axis are taken to lie, between -1 and 1."""
-    token = torch.arange(length, dtype=like.dtype, device=like.device)
-    if query_grid == "centres":
-        return (2 * token + 1) / length - 1
-    return 2 * token / (length - 1) - 1 if length > 1 else token  # a single token lies in the middle
+def query_points(grid: tuple[int, int], query_grid: str, like: Tensor) -> Tensor:
+    """Where the tokens of a map are taken to lie, row by row, between -1 and 1: [Y * X, 2]."""
+    axes = []
+    for length in grid:
+        token = torch.arange(length, dtype=like.dtype, device=like.device)
+        if query_grid == "centres":
+            axes.append((2 * token + 1) / length - 1)
+        else:
+            axes.append(2 * token / (length - 1) - 1 if length > 1 else token)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
-def displacements(positions: Tensor, grid: tuple[int, int], query_grid: str) -> Tensor:
-    """Half of query minus key, within -1 and 1 for keys on the map: [B, G, Y * X, N, 2]."""
-    axes = (query_axis(length, query_grid, positions) for length in grid)
-    queries = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+def displacements(queries: Tensor, positions: Tensor) -> Tensor:
+    """Half of query [Q, 2] minus key [B, G, N, 2], within -1 and 1 for keys on the map: [B, G, Q, N, 2]."""
     return (queries[:, None] - positions[:, :, None]) / 2
 
 

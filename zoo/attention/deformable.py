@@ -10,8 +10,8 @@ from zoo import ops
 from zoo.attention.capture import AttentionRecord
 from zoo.attention.layers import ChannelNorm, Convolution, Pointwise
 from zoo.errors import ConfigError
-from zoo.kernels.deformable.op import without_autocast
-from zoo.kernels.deformable.reference import displacements
+from zoo.kernels.checks import without_autocast
+from zoo.kernels.deformable.reference import displacements, query_points
 
 POSITION_BIASES = ("table", "log_cpb", "fixed", "dwc", None)
 
@@ -166,7 +166,7 @@ class DeformableAttention(nn.Module):
             if self.position_bias == "table":
                 options["table"] = self.rpe_table
             elif self.position_bias == "log_cpb":
-                apart = 8 * displacements(positions, (rows, columns), grid)
+                apart = 8 * displacements(query_points((rows, columns), grid, positions), positions)
                 apart = apart.sign() * (apart.abs() + 1).log2() / 3
                 bias = self.rpe_table(apart.to(self.rpe_table[0].weight.dtype))  # [B, G, Q, N, H / G]
                 options["bias"] = bias.permute(0, 1, 4, 2, 3).flatten(1, 2)

@@ -13,7 +13,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zoo.attention import DeformableAttention, NeighborhoodAttention
 from zoo.attention.layers import ChannelNorm, Convolution, Pointwise
+from zoo.attention.window import WindowAttention, resize_relative_position_bias
 from zoo.errors import ConfigError, IntegrityError
 from zoo.layers.backbone import Backbone, drop_path_rates
 from zoo.registry import register_family
@@ -131,8 +132,15 @@ class ConvMlp(nn.Module):
         return self.drop(self.linear2(x))
 
 
-class LocalAttention(nn.Module):
-    """x"""
+class LocalAttention(WindowAttention):
+    """Window attention under the names of DAT's files and with its narrower initial table."""
+
+    qkv_name = "proj_qkv"
+    proj_name = "proj_out"
+
+    def __init__(self, dim: int, num_heads: int, **arguments: Any) -> None:
+        super().__init__(dim, num_heads, **arguments)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.01)
 
 
 class Stage(nn.Module):
@@ -412,10 +420,10 @@ def _resize_table(table: Tensor, shape: torch.Size) -> Tensor:
     if table.shape == shape or table.ndim != len(shape):
         return table
     if table.ndim == 3:  # [heads, rows, columns]
-        return F.interpolate(table[None], shape[-2:], mode="bicubic", align_corners=False)[0]
-    sides = math.isqrt(table.shape[0]), math.isqrt(shape[0])  # [side * side, heads]
-    square = table.T.reshape(1, -1, sides[0], sides[0])
-    return F.interpolate(square, (sides[1], sides[1]), mode="bicubic", align_corners=False)[0].flatten(1).T
+        maps = table[None].to(torch.promote_types(table.dtype, torch.float32))
+        return F.interpolate(maps, shape[-2:], mode="bicubic", align_corners=False)[0].to(table.dtype)
+    window = (math.isqrt(shape[0]) + 1) // 2
+    return resize_relative_position_bias(table, window)
 
 
 _SMALL = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24)}
@@ -462,4 +470,4 @@ DAT_ROWS = {
 }
 
 register_family(DATPlus, DAT_PLUS_ROWS, paper="arXiv:2309.01430", attention="deformable")
-# register_family(DAT, DAT_ROWS, paper="arXiv:2201.00520", attention="deformable")
+register_family(DAT, DAT_ROWS, paper="arXiv:2201.00520", attention="deformable")
