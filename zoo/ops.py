@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from zoo.errors import did_you_mean
+from zoo.kernels.bilevel import op as _bilevel
+from zoo.kernels.bilevel.op import bilevel_routing_attention, region_means, route
 from zoo.kernels.block_sparse import op as _block_sparse
 from zoo.kernels.block_sparse.blocks import BlockList
 from zoo.kernels.block_sparse.op import block_sparse_attention
@@ -17,6 +19,7 @@ from zoo.kernels.window import op as _window
 from zoo.kernels.window.op import window_attention
 
 _EXPLAIN = {
+    "bilevel_routing_attention": _bilevel.explain,
     "block_sparse_attention": _block_sparse.explain,
     "deformable_attention": _deformable.explain_attention,
     "deformable_sample": _deformable.explain_sample,
@@ -29,6 +32,7 @@ __all__ = [
     "BlockList",
     "Explanation",
     "backends",
+    "bilevel_routing_attention",
     "block_sparse_attention",
     "current_backend",
     "deformable_attention",
@@ -40,6 +44,8 @@ __all__ = [
     "na3d",
     "neighborhood_attention",
     "neighborhood_indices",
+    "region_means",
+    "route",
     "use_backend",
     "window_attention",
 ]

@@ -66,7 +66,7 @@ def explain_neighborhood(
         rows, columns = record.grid
         y, x = (min(int(f * side), side - 1) for f, side in zip(query, record.image, strict=True))
         weights = record.weights[0, y, x].float().mean(dim=0).cpu().numpy()
-        keys = record.keys[y * columns + x].cpu().numpy()
+        keys = (record.keys if record.keys.ndim == 2 else record.keys[0])[y * columns + x].cpu().numpy()
         heat = np.zeros(rows * columns)
         heat[keys[keys >= 0]] = weights[keys >= 0]
         cell = (width / record.image[1], height / record.image[0])

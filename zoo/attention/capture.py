@@ -18,7 +18,7 @@ class AttentionRecord:
     axes: tuple[str, ...]  # one word for every axis of `weights`
     grid: tuple[int, ...]  # the token grid the queries lie on, padding included
     image: tuple[int, ...]  # the part of the grid that is the image, from its first corner
-    keys: Tensor | None = None  # [queries, slots] flat token of every key on that grid, -1: none
+    keys: Tensor | None = None  # [queries, slots], or [B, queries, slots]: flat token of every key, -1: none
     positions: Tensor | None = None  # [B, groups, keys, 2] rows and columns, -1 first token, 1 last
 
 

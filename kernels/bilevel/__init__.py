@@ -1,0 +1,1 @@
+"""Bi-level routing attention: regions choose regions, tokens attend inside what their region has chosen."""
