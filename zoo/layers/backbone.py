@@ -18,13 +18,16 @@ class Backbone(nn.Module):
     A family sets `stage_list`, `norm_name` and `head_name` (the attributes that hold its stages, its last
     norm and its classifier, as its checkpoints call them), builds `self.stem_*` layers behind `stem`, and
     calls `add_head`. A stage is a module with `blocks` and, except for the last, `downsample`; features are
-    taken between the two.
+    taken between the two. With `downsample_first` it is the step to the stage itself, the first has none to
+    speak of, and features are taken at its end. With `norm_after_pool` the last norm is the classifier's.
     """
 
     output_fmt = "NHWC"
     stage_list = "stages"
     norm_name = "norm"
     head_name = "head"
+    downsample_first = False
+    norm_after_pool = False
 
     @property
     def stages_(self) -> nn.ModuleList:
@@ -34,7 +37,19 @@ class Backbone(nn.Module):
     @property
     def last_norm(self) -> nn.Module:
         """The norm behind the last stage, whatever the family's checkpoints call it."""
-        return getattr(self, self.norm_name)
+        return self.get_submodule(self.norm_name)
+
+    def stage_path(self, index: int) -> str:
+        """The name of a stage, whatever the family's checkpoints call it."""
+        return f"{self.stage_list}.{index}"
+
+    def keep_stages(self, count: int) -> None:
+        """Drop the stages behind the first `count`."""
+        setattr(self, self.stage_list, self.stages_[:count])
+
+    def make_pool(self, kind: str) -> nn.Module:
+        """What turns the last token map into one vector, by timm's name of it; "" keeps the map."""
+        return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind), input_fmt="NHWC")
 
     def add_head(
         self,
@@ -51,14 +66,14 @@ class Backbone(nn.Module):
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": channels, "reduction": reduction, "module": f"{self.stage_list}.{i}"}
+            {"num_chs": channels, "reduction": reduction, "module": self.stage_path(i)}
             for i, (channels, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.grad_checkpointing = False
-        self.global_pool = _pool(global_pool)
+        self.global_pool = self.make_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
-        setattr(self, self.head_name, head)
+        self.set_submodule(self.head_name, head)
 
     def stem(self, x: Tensor) -> Tensor:
         """Image [B, C, height, width] to the first token map [B, Y, X, C]."""
@@ -66,30 +81,38 @@ class Backbone(nn.Module):
 
     def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         """Run a stage's blocks, [B, Y, X, C] in and out."""
+        if self.downsample_first:
+            x = stage.downsample(x)
         for block in stage.blocks:
             x = self.forward_block(block, x)
         return x
 
-    def forward_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Run one block, keeping only its input for backward where that was asked for."""
-        return checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+    def forward_block(self, block: nn.Module, *inputs: object) -> Tensor:
+        """Run one block, keeping only its inputs for backward where that was asked for."""
+        save = self.grad_checkpointing and torch.is_grad_enabled()
+        return checkpoint(block, *inputs) if save else block(*inputs)
 
     def next_resolution(self, stage: nn.Module, x: Tensor) -> Tensor:
         """The step from a stage's last token map to the next stage's first."""
-        return stage.downsample(x)
+        return x if self.downsample_first else stage.downsample(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image [B, C, height, width] to the normed last token map [B, Y, X, C]."""
+        """Image [B, C, height, width] to the last token map [B, Y, X, C], normed unless that comes later."""
         x = self.stem(x)
         for i, stage in enumerate(self.stages_):
             x = self.forward_stage(stage, x)
             if i + 1 < len(self.stages_):
                 x = self.next_resolution(stage, x)
-        return self.last_norm(x)
+        return self.norm_map(x)
+
+    def norm_map(self, x: Tensor) -> Tensor:
+        """The last norm, where it belongs to the last token map [B, Y, X, C]."""
+        return x if self.norm_after_pool else self.last_norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Token map [B, Y, X, C] to logits [B, num_classes], or to pooled features with `pre_logits`."""
-        x = self.head_drop(self.global_pool(x))
+        x = self.global_pool(x)
+        x = self.head_drop(self.last_norm(x) if self.norm_after_pool else x)
         return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,14 +142,14 @@ class Backbone(nn.Module):
         for i, stage in enumerate(self.stages_):
             x = self.forward_stage(stage, x)
             if i in take:
-                feature = self.last_norm(x) if norm and i == final else x
+                feature = self.norm_map(x) if norm and i == final else x
                 features.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
             if i == final or (stop_early and i == last):
                 break
             x = self.next_resolution(stage, x)
         if intermediates_only:
             return features
-        return (self.last_norm(x) if i == final else x), features
+        return (self.norm_map(x) if i == final else x), features
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -134,20 +157,20 @@ class Backbone(nn.Module):
         """Drop what the chosen stages do not need: later stages, and the norm and classifier where asked."""
         take, last = feature_take_indices(len(self.stages_), indices)
         shorter = last + 1 < len(self.stages_)
-        setattr(self, self.stage_list, self.stages_[: last + 1])
+        self.keep_stages(last + 1)
         if shorter:
-            if hasattr(self.stages_[-1], "downsample"):
+            if hasattr(self.stages_[-1], "downsample") and not self.downsample_first:
                 self.stages_[-1].downsample = None
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm or shorter:
-            setattr(self, self.norm_name, nn.Identity())
+            self.set_submodule(self.norm_name, nn.Identity())
         if prune_head or shorter:
             self.reset_classifier(0, "")
         return take
 
     def get_classifier(self) -> nn.Module:
         """Return the layer that makes logits."""
-        return getattr(self, self.head_name)
+        return self.get_submodule(self.head_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one for `num_classes` (0: none), and the pooling where given."""
@@ -155,13 +178,13 @@ class Backbone(nn.Module):
         trainable = any(p.requires_grad for p in self.parameters())
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = _pool(global_pool)
+            self.global_pool = self.make_pool(global_pool)
         head = nn.Identity()
         if num_classes:
             head = nn.Linear(
                 self.num_features, num_classes, device=parameter.device, dtype=parameter.dtype
             ).requires_grad_(trainable)
-        setattr(self, self.head_name, head.train(self.training))
+        self.set_submodule(self.head_name, head.train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only block inputs in training and compute the rest again in backward."""
@@ -181,11 +204,6 @@ class Backbone(nn.Module):
             (r"^norm", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": rf"^{stages}\.(\d+)" if coarse else layers}
-
-
-def _pool(kind: str) -> nn.Module:
-    """[B, Y, X, C] to [B, C] by timm's name of a pooling ("avg", "max" ...); "" keeps the map."""
-    return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind), input_fmt="NHWC")
 
 
 def init_as_published(module: nn.Module) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from zoo.attention import NeighborhoodAttention
 from zoo.errors import ConfigError
 from zoo.layers.backbone import Backbone, drop_path_rates, init_as_published
+from zoo.layers.patches import PatchMerging, PatchTokenizer
 from zoo.registry import register_family
 from zoo.weights.convert.nat import from_huggingface
 
@@ -122,21 +122,6 @@ class ConvTokenizer(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class PatchTokenizer(nn.Module):
-    """Non-overlapping patches, the image padded at the bottom and right to whole ones, then a norm."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, **factory: object) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **factory)
-        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
 class ConvDownsample(nn.Module):
     """A 3x3 convolution of stride 2 to twice the channels, then a norm."""
 
@@ -147,20 +132,6 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """Four neighbours side by side (rows first), a norm, then a linear layer to twice the channels."""
-
-    def __init__(self, dim: int, **factory: object) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=LAYER_NORM_EPS, **factory)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, Y, row parity, X, column parity, C]
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class Stage(nn.Module):
