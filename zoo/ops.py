@@ -8,6 +8,8 @@ from zoo.kernels.bilevel.op import bilevel_routing_attention, region_means, rout
 from zoo.kernels.block_sparse import op as _block_sparse
 from zoo.kernels.block_sparse.blocks import BlockList
 from zoo.kernels.block_sparse.op import block_sparse_attention
+from zoo.kernels.channel import op as _channel
+from zoo.kernels.channel.op import channel_attention
 from zoo.kernels.deformable import op as _deformable
 from zoo.kernels.deformable.op import deformable_attention, deformable_sample
 from zoo.kernels.dispatch import Availability, Explanation, backends, current_backend, use_backend
@@ -21,6 +23,7 @@ from zoo.kernels.window.op import window_attention
 _EXPLAIN = {
     "bilevel_routing_attention": _bilevel.explain,
     "block_sparse_attention": _block_sparse.explain,
+    "channel_attention": _channel.explain,
     "deformable_attention": _deformable.explain_attention,
     "deformable_sample": _deformable.explain_sample,
     "neighborhood_attention": _neighborhood.explain,
@@ -34,6 +37,7 @@ __all__ = [
     "backends",
     "bilevel_routing_attention",
     "block_sparse_attention",
+    "channel_attention",
     "current_backend",
     "deformable_attention",
     "deformable_sample",

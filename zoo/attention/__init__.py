@@ -2,6 +2,7 @@
 
 from zoo.attention.bilevel import BilevelRoutingAttention, RaggedRoutingAttention
 from zoo.attention.capture import AttentionRecord, capture_attention
+from zoo.attention.channel import ChannelAttention
 from zoo.attention.deformable import DeformableAttention
 from zoo.attention.global_attention import GlobalAttention
 from zoo.attention.neighborhood import NeighborhoodAttention
@@ -9,6 +10,7 @@ from zoo.attention.window import WindowAttention
 
 __all__ = [
     "AttentionRecord",
+    "ChannelAttention",
     "BilevelRoutingAttention",
     "DeformableAttention",
     "GlobalAttention",
