@@ -195,6 +195,10 @@ class Backbone(nn.Module):
         """Make the entries of a published file the model's by renaming and dropping; nothing by default."""
         return state
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that AdamW should not shrink beside the usual ones; none by default."""
+        return set()
+
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Say to which layer each parameter belongs, for layer-wise learning rates."""
         stages = self.stage_list
