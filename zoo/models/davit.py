@@ -246,7 +246,7 @@ ROWS = {
     "davit_huge_fl": _row(256, (1, 1, 9, 1), **_FLORENCE),
     # For handwritten digits, tests and teaching: 8 x 8, 4 x 4 and 2 x 2 tokens.
     "davit_digits": DaViTConfig(
-        dims=(24, 48, 96),
+        dims=(20, 40, 80),
         depths=(1, 1, 1),
         num_heads=(2, 4, 8),
         window_size=4,
