@@ -1,5 +1,6 @@
 """Attention modules, one file for each mechanism, and the capture of their weights."""
 
+from zoo.attention.agent import AgentAttention
 from zoo.attention.bilevel import BilevelRoutingAttention, RaggedRoutingAttention
 from zoo.attention.capture import AttentionRecord, capture_attention
 from zoo.attention.channel import ChannelAttention
@@ -9,6 +10,7 @@ from zoo.attention.neighborhood import NeighborhoodAttention
 from zoo.attention.window import WindowAttention
 
 __all__ = [
+    "AgentAttention",
     "AttentionRecord",
     "ChannelAttention",
     "BilevelRoutingAttention",

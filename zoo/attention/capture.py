@@ -20,6 +20,7 @@ class AttentionRecord:
     image: tuple[int, ...]  # the part of the grid that is the image, from its first corner
     keys: Tensor | None = None  # [queries, slots], or [B, queries, slots]: flat token of every key, -1: none
     positions: Tensor | None = None  # [B, groups, keys, 2] rows and columns, -1 first token, 1 last
+    agents: Tensor | None = None  # [B, agents, H, tokens] where the keys are agents: what these take
 
 
 @contextmanager

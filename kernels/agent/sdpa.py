@@ -1,0 +1,39 @@
+"""Agent attention through PyTorch's fused attention, twice: fastest on a CPU, and for any device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def agent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    bias_in: Tensor | None,
+    bias_out: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Return the output [B, N, H, Dv]."""
+    shared = agents.shape[2] // k.shape[2]
+    if q.device.type == "cpu":  # what the agents gather is not rounded on the way
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k, v, agents = (x.to(dtype) for x in (q, k, v, agents))
+    q, k, v, agents = (x.transpose(1, 2) for x in (q, k, v, agents))  # [B, H, N, D]
+    k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
+    gathered = _attend(agents, k, v, bias_in, scale)
+    return _attend(q, agents, gathered, bias_out, scale).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    bias = None if bias is None else bias.to(q.dtype)
+    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        # The fused kernels of a CPU take a mask of two or four axes.
+        bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    # Where a bias wants its gradient, SDPA is slower than the two products.
+    nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)
+    logits = (q * scale) @ k.transpose(-2, -1) + bias.masked_fill(nothing, 0.0)
+    return (logits.softmax(dim=-1) @ v).masked_fill(nothing, 0.0)
