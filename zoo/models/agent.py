@@ -390,6 +390,13 @@ class CSwinBlock(nn.Module):
         x = x + self.drop_path(self.proj_drop(self.proj(torch.cat(mixed, dim=-1))))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def with_attention(self, attn: nn.Module) -> Block:
+        """The block with this module in the place of its own attention, everything else as it is."""
+        block = Block(attn, mlp_ratio=1)
+        for name in ("norm1", "norm2", "mlp", "drop_path"):
+            setattr(block, name, getattr(self, name))
+        return block
+
     def attention_weights(self, x: Tensor) -> AttentionRecord:
         """Weights of every query over the agents, or over the stripes of both branches, whose heads weigh
         what only the other branch sees by 0; for the input of `forward`."""

@@ -10,6 +10,7 @@ from torch import nn
 import zoo
 from zoo.attention import capture_attention
 from zoo.attention.swap import MECHANISMS
+from zoo.layers import count_macs
 
 BODIES = zoo.list_models("*_digits")
 
@@ -53,9 +54,47 @@ def test_timm_builds_the_same_body(attention):
 def test_a_mechanism_counts_its_own_multiply_adds(attention):
     with torch.device("meta"):
         model = zoo.create_model("nat_mini", attention=attention)
-    from zoo.layers import count_macs
+    macs = count_macs(model, (3, 224, 224))
+    assert macs > 7e9 if attention == "global" else 2e9 < macs < 4e9
 
-    assert 1.5e9 < count_macs(model, (3, 224, 224)) < 5e9
+
+@pytest.mark.parametrize(
+    ("attention", "wanted"),
+    [
+        ("window", ["(0, 0)", "(3, 3)", "(0, 0)", "(3, 3)", "(0, 0)"]),
+        ("dual", ["Channel", "Window", "Channel", "Window", "Channel"]),
+        ("bilevel", ["49 of 7", "49 of 7", "49 of 7", "49 of 7", "49 of 7"]),
+        ("deformable", ["1", "1", "1", "1", "1"]),
+        ("agent", ["49", "49", "49", "49", "49"]),
+    ],
+)
+def test_a_place_gets_what_the_mechanisms_own_models_have_there(attention, wanted):
+    with torch.device("meta"):
+        model = zoo.create_model("nat_mini", attention=attention)
+    told = {
+        "window": lambda module: str(module.shift),
+        "dual": lambda module: type(module).__name__.removesuffix("Attention"),
+        "bilevel": lambda module: f"{module.topk} of {module.n_win}",
+        "deformable": lambda module: str(module.stride),
+        "agent": lambda module: str(module.agent_num),
+    }[attention]
+    assert [told(block.attn) for block in model.stages_[3].blocks] == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["agent_cswin_tiny", "agent_pvt_tiny", "davit_tiny", "biformer_stl_nchw", "dat_tiny"]
+)
+def test_bodies_without_a_small_row_keep_everything_but_their_attention(name):
+    with torch.device("meta"):
+        own, other = zoo.create_model(name), zoo.create_model(name, attention="global")
+    mlp = [key for key in own.state_dict() if ".mlp" in key or ".norm1" in key or "cpe" in key]
+    assert (
+        mlp
+        and {key: own.state_dict()[key].shape for key in mlp}.items()
+        <= {key: value.shape for key, value in other.state_dict().items()}.items()
+    )
+    blocks = sum(hasattr(module, "attention_weights") for module in own.modules())
+    assert blocks == sum(type(module).__name__ == "GlobalAttention" for module in other.modules())
 
 
 def test_a_list_holds_one_value_for_each_stage():
