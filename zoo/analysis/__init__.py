@@ -1,5 +1,38 @@
-"""Pictures and figures of what a model attends to."""
+"""What a model attends to, as tensors and as pictures, and what it costs."""
 
+from zoo.analysis.capture import block_attention
+from zoo.analysis.maps import (
+    HeadStatistics,
+    QueryView,
+    attention_map,
+    attention_rollout,
+    choose_block,
+    effective_receptive_field,
+    gradient_relevance,
+    head_statistics,
+    query_view,
+)
 from zoo.analysis.neighborhood import explain_neighborhood
+from zoo.analysis.pictures import draw_field, draw_heat, draw_maps, draw_query, draw_statistics
+from zoo.analysis.tokens import GroupAttention, TokenAttention
 
-__all__ = ["explain_neighborhood"]
+__all__ = [
+    "GroupAttention",
+    "HeadStatistics",
+    "QueryView",
+    "TokenAttention",
+    "attention_map",
+    "attention_rollout",
+    "block_attention",
+    "choose_block",
+    "draw_field",
+    "draw_heat",
+    "draw_maps",
+    "draw_query",
+    "draw_statistics",
+    "effective_receptive_field",
+    "explain_neighborhood",
+    "gradient_relevance",
+    "head_statistics",
+    "query_view",
+]
