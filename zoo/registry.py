@@ -338,6 +338,10 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
         row = {f.name for f in fields(entry.config)} - set(inspect.signature(entry.model.__init__).parameters)
         config = replace(entry.config, **{key: kwargs.pop(key) for key in row & kwargs.keys()})
         kwargs.setdefault("num_classes", config.num_classes)
+        if config.input_size != entry.config.input_size:  # then what timm says of the model follows
+            side = config.input_size
+            said = {"input_size": (3, side, side), **entry.model.default_cfg(config)}
+            kwargs["pretrained_cfg_overlay"] = said | (kwargs.get("pretrained_cfg_overlay") or {})
         attention, attention_kwargs = kwargs.pop("attention", None), kwargs.pop("attention_kwargs", None)
         if attention is None and attention_kwargs:
             raise ConfigError("attention_kwargs are the arguments of attention=, which is not given")

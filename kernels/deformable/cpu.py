@@ -77,7 +77,7 @@ def _relative_bias(table: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
     apart = displacements(queries, positions)  # [B, G, Q, N, 2]
     # The batch goes with the queries, so that the table is not repeated for it.
     bias = _grid_sample(table.unflatten(0, (groups, -1)), apart.transpose(0, 1).flatten(1, 2))
-    return bias.flatten(0, 1).unflatten(1, (batch, -1)).transpose(0, 1)
+    return bias.flatten(0, 1).unflatten(1, (batch, len(queries))).transpose(0, 1)
 
 
 def _cat(parts: tuple[Tensor | None, ...]) -> Tensor | None:

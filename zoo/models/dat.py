@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -167,11 +166,6 @@ class Stage(nn.Module):
         )
         self.drop_path = nn.ModuleList(DropPath(rate) if rate else nn.Identity() for rate in drop_path)
 
-    @property
-    def blocks(self) -> list[Callable[[Tensor], Tensor]]:
-        """The blocks in the order they run."""
-        return [partial(self.forward, block=j) for j in range(len(self.attns))]
-
     def forward(self, x: Tensor, block: int) -> Tensor:
         """Run one block, [B, Y, X, C] in and out."""
         if self.local_perception_units:
@@ -285,15 +279,17 @@ class DeformableBackbone(Backbone):
             **factory,
         )
 
+    def forward_stage(self, stage: Stage, x: Tensor) -> Tensor:
+        for block in range(len(stage.attns)):
+            x = self.forward_block(stage, x, block)
+        return x
+
     def next_resolution(self, stage: Stage, x: Tensor) -> Tensor:
         return self.down_projs[stage.index](x)
 
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.down_projs = self.down_projs[: len(self.stages) - 1]
-        return take
+    def keep_stages(self, count: int) -> None:
+        super().keep_stages(count)
+        self.down_projs = self.down_projs[: count - 1]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Say to which layer each parameter belongs, for layer-wise learning rates."""
