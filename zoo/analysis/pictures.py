@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def draw_query(image: Tensor, views: Sequence[QueryView], *, title: str = "") ->
     for axis, (view, agent) in zip(axes[1:], panels, strict=False):
         head = f"{view.block}\n{view.mechanism}, {view.grid[0]} x {view.grid[1]} tokens"
         if view.groups is not None:
-            axis.imshow(view.groups[0].cpu(), cmap=HEAT)
+            axis.imshow(_array(view.groups[0]), cmap=HEAT)
             axis.set_title(f"{head}; group 0 of {len(view.groups)}", fontsize=7)
             axis.set_xlabel("channel that gives", fontsize=7)
             axis.set_ylabel("channel that takes", fontsize=7)
@@ -146,13 +147,13 @@ def draw_field(field: Tensor, *, title: str = "") -> Figure:
     left, right = figure.subplots(1, 2)
     values = field.detach().cpu().float()
     # Gradients fall off over orders of magnitude; the square root shows the rim without hiding the peak.
-    drawn = left.imshow(values.sqrt(), cmap=HEAT, vmin=0, vmax=1)
+    drawn = left.imshow(_array(values.sqrt()), cmap=HEAT, vmin=0, vmax=1)
     figure.colorbar(drawn, ax=left, label="square root of the share of the peak", fraction=0.045)
     left.set(xlabel="column (pixels)", ylabel="row (pixels)")
     share = float((values > 0.01).float().mean())
     left.set_title(f"{share:.0%} of the pixels above 1 % of the peak", fontsize=8)
     for axis, name, colour, style in ((0, "down", COLOURS[0], "-"), (1, "across", COLOURS[1], "--")):
-        right.plot(values.mean(1 - axis), color=colour, linestyle=style, label=f"mean, {name}")
+        right.plot(_array(values.mean(1 - axis)), color=colour, linestyle=style, label=f"mean, {name}")
     right.set(xlabel="position (pixels)", ylabel="share of the peak")
     right.set_ylim(bottom=0)
     right.grid(alpha=0.3)
@@ -169,6 +170,11 @@ def displayable(image: Tensor) -> Tensor:
     low, high = image.amin(), image.amax()
     image = (image - low) / (high - low).clamp_min(1e-12)
     return image.expand(3, -1, -1).permute(1, 2, 0)
+
+
+def _array(values: Tensor) -> np.ndarray:
+    """What matplotlib reads without copying by way of an old protocol."""
+    return values.detach().cpu().numpy()
 
 
 def _figure(size: tuple[float, float]) -> Figure:
@@ -189,7 +195,7 @@ def _panels(count: int, columns: int, side: float = 2.7) -> tuple[Figure, list[A
 
 
 def _show(axis: Axes, image: Tensor, title: str, *, colour: bool = False) -> None:
-    picture = displayable(image)
+    picture = _array(displayable(image))
     # Under an overlay the image is grey, so that every colour is one of the scale.
     axis.imshow(picture if colour else picture.mean(-1), cmap="gray", vmin=0, vmax=1)
     axis.set_title(title, fontsize=7)
@@ -198,14 +204,14 @@ def _show(axis: Axes, image: Tensor, title: str, *, colour: bool = False) -> Non
 
 def _overlay(axis: Axes, heat: Tensor, image: Tensor) -> object:
     spread = on_image(heat.detach().cpu(), tuple(image.shape[-2:]))
-    return axis.imshow(spread, cmap=HEAT, alpha=0.7, vmin=0, vmax=max(float(spread.max()), 1e-12))
+    return axis.imshow(_array(spread), cmap=HEAT, alpha=0.7, vmin=0, vmax=max(float(spread.max()), 1e-12))
 
 
 def _darken(axis: Axes, cells: Tensor, image: Tensor) -> None:
     hidden = on_image((~cells).float().cpu(), tuple(image.shape[-2:]))
     black = torch.zeros(*hidden.shape, 4)
     black[..., 3] = 0.55 * hidden
-    axis.imshow(black)
+    axis.imshow(_array(black))
 
 
 def _cell(axis: Axes, view: QueryView, image: Tensor) -> None:
@@ -228,9 +234,9 @@ def _points(axis: Axes, view: QueryView, image: Tensor) -> None:
         mine = groups == group
         places, sizes = points[mine][0], weights[mine].mean(0)
         axis.scatter(
-            (places[:, 1] + 0.5) * width - 0.5,
-            (places[:, 0] + 0.5) * height - 0.5,
-            s=4 + 60 * sizes,
+            _array((places[:, 1] + 0.5) * width - 0.5),
+            _array((places[:, 0] + 0.5) * height - 0.5),
+            s=_array(4 + 60 * sizes),
             facecolors="none",
             edgecolors=COLOURS[(1 + i) % len(COLOURS)],
             linewidths=1.2,
