@@ -21,21 +21,32 @@ except ModuleNotFoundError as error:
         "zoo.diffusion needs diffusers, which is not installed; run: pip install 'attnzoo[diffusion]'"
     ) from error
 
-from zoo.diffusion.handle import Handle, Stats, find_sites
+from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites
 from zoo.diffusion.layout import TokenLayout
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
+from zoo.diffusion.radial import (
+    RadialConfig,
+    apply_radial_attention,
+    radial_block_mask,
+    radial_token_mask,
+)
 
 __all__ = [
+    "Comparison",
     "Handle",
     "NeighborhoodConfig",
+    "RadialConfig",
     "Stats",
     "Support",
     "TokenLayout",
     "apply_neighborhood",
+    "apply_radial_attention",
+    "radial_block_mask",
+    "radial_token_mask",
     "supported",
 ]
 
-METHODS = ("neighborhood",)
+METHODS = ("neighborhood", "radial")
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,44 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    MochiTransformer3DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+)
+from diffusers.models.attention_processor import (
+    CogVideoXAttnProcessor2_0,
+    FusedCogVideoXAttnProcessor2_0,
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    MochiAttnProcessor2_0,
+)
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+from diffusers.models.transformers.transformer_ltx import apply_rotary_emb as apply_rotary_emb_ltx
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    apply_rotary_emb_qwen,
+)
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from zoo.diffusion.layout import TokenLayout
 from zoo.errors import ConfigError
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def given_mask(attention_mask: Tensor | None, text_mask: Tensor | None, image: int) -> Tensor | None:
+    """The mask as the model hands it to its processors."""
+    return attention_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +53,12 @@ class Adapter:
 
     `methods` are the techniques it can take; `stock` are the processors that may be replaced (others, such as
     an IP-Adapter's, have effects of their own); `axes` counts the axes of its token grid. `layers` names the
-    joint attention modules in the order they run; `layout` reads the geometry from the arguments of forward;
-    `project` returns query, key and value of the joint sequence, [B, N, H, D], after norm and rotary
-    embedding; `output` turns the result, [B, N, C], into what the model's own processor returns.
+    joint attention modules in the order they run; `image_only` ends the names of those that see no text.
+    `layout` reads the geometry from the arguments of forward, `text_mask` which text tokens [B, text] are no
+    padding. `project` returns query, key and value of the joint sequence, [B, N, H, D], after norm and rotary
+    embedding; `mask` what the model's own processor would mask them with; `output` turns the result,
+    [B, N, C], into what that processor returns. `drops_padding`: padding has no queries either.
+    `timestep_rises` from step to step.
     """
 
     model: type[nn.Module]
@@ -32,24 +66,95 @@ class Adapter:
     stock: tuple[type, ...]
     axes: int
     layers: Callable[[nn.Module], dict[str, nn.Module]]
-    layout: Callable[[Mapping[str, Any]], TokenLayout]
-    project: Callable[[nn.Module, Tensor, Tensor | None, Any], tuple[Tensor, Tensor, Tensor]]
+    layout: Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
+    project: Callable[[nn.Module, Tensor, Tensor | None, Any], QKV]
     output: Callable[[nn.Module, Tensor, Tensor | None], Any]
+    image_only: str | None = None
+    text_mask: Callable[[Mapping[str, Any]], Tensor | None] | None = None
+    mask: Callable[[Tensor | None, Tensor | None, int], Tensor | None] = given_mask
+    drops_padding: bool = False
+    timestep_rises: bool = False
+
+
+# Shared ----------------------------------------------------------------------------------------------------
+# All call the modules, never their weights, so that LoRA, quantisation and offloading keep working.
+
+
+def layers_of(*paths: str) -> Callable[[nn.Module], dict[str, nn.Module]]:
+    """Name the attention modules at paths such as "blocks.attn1"; a block may lack one."""
+
+    def layers(transformer: nn.Module) -> dict[str, nn.Module]:
+        found = {}
+        for stack in dict.fromkeys(path.split(".")[0] for path in paths):
+            for index, block in enumerate(getattr(transformer, stack)):
+                for path in paths:
+                    name = path.split(".")[1]
+                    if path.startswith(stack + ".") and getattr(block, name, None) is not None:
+                        found[f"{stack}.{index}.{name}"] = getattr(block, name)
+        return found
+
+    return layers
+
+
+def projections(attn: nn.Module, x: Tensor, *, added: bool = False, fusible: bool = True) -> list[Tensor]:
+    """Query, key and value of one stream, [B, N, C]; `added`: by the projections of the text.
+
+    `fusible`: whether the model's own processor heeds `fuse_qkv_projections`.
+    """
+    if fusible and getattr(attn, "fused_projections", False):
+        return list((attn.to_added_qkv if added else attn.to_qkv)(x).chunk(3, dim=-1))
+    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+    return [getattr(attn, name)(x) for name in names]
+
+
+def stream(attn: nn.Module, x: Tensor, *, added: bool = False, fusible: bool = True) -> list[Tensor]:
+    """Query, key and value of one stream, [B, N, H, D]; queries and keys normed over each head."""
+    parts = projections(attn, x, added=added, fusible=fusible)
+    # By their width, not their number: a tensor-parallel rank holds some of the heads.
+    query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts)
+    norms = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
+    query, key = (x if norm is None else norm(x) for norm, x in zip(norms, (query, key), strict=True))
+    return [query, key, value]
+
+
+def concatenate(first: Sequence[Tensor], second: Sequence[Tensor]) -> QKV:
+    """Make one sequence of two."""
+    query, key, value = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
+    return query, key, value
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighboring channels by an angle: rotary embedding as Wan and Mochi have it."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+
+
+def project_out(attn: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Output projection of the image."""
+    for module in attn.to_out:
+        hidden_states = module(hidden_states)
+    return hidden_states
+
+
+def image_output(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+    """Output of attention without text."""
+    return project_out(attn, hidden_states)
+
+
+def text_of(arguments: Mapping[str, Any]) -> int:
+    """Text tokens of this call."""
+    return arguments["encoder_hidden_states"].shape[1]
+
+
+def text_mask_of(name: str) -> Callable[[Mapping[str, Any]], Tensor | None]:
+    """Read the mask of the text from an argument of forward."""
+    return lambda arguments: arguments.get(name)
 
 
 # Flux ----------------------------------------------------------------------------------------------------
 
 
-def flux_layers(transformer: nn.Module) -> dict[str, nn.Module]:
-    """Double stream blocks, then single stream blocks."""
-    return {
-        f"{stack}.{index}.attn": block.attn
-        for stack in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(transformer, stack))
-    }
-
-
-def flux_layout(arguments: Mapping[str, Any]) -> TokenLayout:
+def flux_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
     """Read rows and columns from `img_ids` [N, 3] (index, row, column), the text length from the prompt.
 
     Rows and columns are counted, not read off the largest id: bfloat16 pipelines round ids above 256.
@@ -69,31 +174,16 @@ def flux_layout(arguments: Mapping[str, Any]) -> TokenLayout:
             f"img_ids must be one row-major grid of image tokens, found {len(ids)} ids of another order (a "
             "reference image beside the image?); remove the handle to run this pipeline"
         )
-    return TokenLayout(text=arguments["encoder_hidden_states"].shape[1], grid=(len(ids) // columns, columns))
+    return TokenLayout(text=text_of(arguments), grid=(len(ids) // columns, columns))
 
 
 def flux_project(
     attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, rotary: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Call the modules, never their weights, so that LoRA, quantisation and offloading keep working."""
-
-    def project(x: Tensor, fused: nn.Module | None, parts: Sequence[nn.Module]) -> list[Tensor]:
-        projected = [part(x) for part in parts] if fused is None else fused(x).chunk(3, dim=-1)
-        return [y.unflatten(-1, (-1, attn.head_dim)) for y in projected]  # [B, N, H, D]
-
-    fused = attn.to_qkv if attn.fused_projections else None
-    query, key, value = project(hidden_states, fused, (attn.to_q, attn.to_k, attn.to_v))
-    query, key = attn.norm_q(query), attn.norm_k(key)
-
-    # A single stream block gets text and image as one sequence already.
+) -> QKV:
+    """Text first; a single stream block gets text and image as one sequence already."""
+    query, key, value = stream(attn, hidden_states)
     if encoder_hidden_states is not None:
-        fused = attn.to_added_qkv if attn.fused_projections else None
-        parts = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_query, text_key, text_value = project(encoder_hidden_states, fused, parts)
-        query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
-        key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
-        value = torch.cat([text_value, value], dim=1)
-
+        query, key, value = concatenate(stream(attn, encoder_hidden_states, added=True), (query, key, value))
     if rotary is not None:
         query = apply_rotary_emb(query, rotary, sequence_dim=1)
         key = apply_rotary_emb(key, rotary, sequence_dim=1)
@@ -104,10 +194,228 @@ def flux_output(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: T
     """Split text and image again; a single stream block projects the output itself, together with its MLP."""
     if encoder_hidden_states is None:
         return hidden_states
+    return text_first_output(attn, hidden_states, encoder_hidden_states)
+
+
+def text_first_output(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Split text and image, each with an output projection of its own."""
     text = encoder_hidden_states.shape[1]
-    linear, dropout = attn.to_out
-    image = dropout(linear(hidden_states[:, text:].contiguous()))
+    image = project_out(attn, hidden_states[:, text:].contiguous())
     return image, attn.to_add_out(hidden_states[:, :text].contiguous())
+
+
+# Stable Diffusion 3 ----------------------------------------------------------------------------------------
+
+
+def sd3_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Latents [B, C, height, width] in square patches; the text follows the image."""
+    size = model.config.patch_size
+    grid = tuple(n // size for n in arguments["hidden_states"].shape[-2:])
+    return TokenLayout(text=text_of(arguments), grid=grid, text_last=True)
+
+
+def sd3_project(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, rotary: Any
+) -> QKV:
+    """No rotary embedding; the second attention of a dual block has no text."""
+    query, key, value = stream(attn, hidden_states)
+    if encoder_hidden_states is None:
+        return query, key, value
+    return concatenate((query, key, value), stream(attn, encoder_hidden_states, added=True))
+
+
+def sd3_output(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> Any:
+    """The last block projects no text."""
+    if encoder_hidden_states is None:
+        return project_out(attn, hidden_states)
+    image = hidden_states.shape[1] - encoder_hidden_states.shape[1]
+    text = hidden_states[:, image:]
+    if not attn.context_pre_only:
+        text = attn.to_add_out(text)
+    return project_out(attn, hidden_states[:, :image]), text
+
+
+# Qwen-Image ------------------------------------------------------------------------------------------------
+
+
+def qwen_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Read rows and columns from `img_shapes`: for every sample, one (frames, rows, columns) per image."""
+    shapes = arguments.get("img_shapes") or ()
+    images = {
+        tuple(shape) for sample in shapes for shape in (sample if isinstance(sample, list) else [sample])
+    }
+    grid = next(iter(images), None)
+    count = sum(len(sample) if isinstance(sample, list) else 1 for sample in shapes)
+    if len(images) != 1 or grid[0] != 1 or count > max(len(shapes), 1):
+        raise ConfigError(
+            f"img_shapes must hold one image (1, rows, columns) per sample, found {shapes} (a reference "
+            "image beside the image?); remove the handle to run this pipeline"
+        )
+    return TokenLayout(text=text_of(arguments), grid=grid[1:])
+
+
+def qwen_project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, rotary: Any) -> QKV:
+    """Text first; complex rotary embeddings, one for the image and one for the text."""
+    image = stream(attn, hidden_states, fusible=False)
+    text = stream(attn, encoder_hidden_states, added=True, fusible=False)
+    if rotary is not None:
+        for parts, frequencies in zip((image, text), rotary, strict=True):
+            parts[:2] = [apply_rotary_emb_qwen(x, frequencies, use_real=False) for x in parts[:2]]
+    return concatenate(text, image)
+
+
+def qwen_mask(attention_mask: Tensor | None, text_mask: Tensor | None, image: int) -> Tensor | None:
+    """Image tokens are never padding; the model has no other mask."""
+    if attention_mask is not None:
+        raise ConfigError("Qwen-Image takes no attention_mask, found one; mask the prompt's tokens instead")
+    if text_mask is None:
+        return None
+    visible = text_mask.new_ones(len(text_mask), image)
+    return torch.cat([text_mask, visible], dim=1)[:, None, None]
+
+
+# Videos ----------------------------------------------------------------------------------------------------
+
+
+def wan_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Latents [B, C, frames, height, width] in patches; text has an attention of its own."""
+    sizes = zip(arguments["hidden_states"].shape[2:], model.config.patch_size, strict=True)
+    return TokenLayout(text=0, grid=tuple(n // size for n, size in sizes))
+
+
+def wan_project(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, rotary: Any
+) -> QKV:
+    """Norms over all heads; cosines and sines are stored twice, once for each channel of a pair."""
+    query, key, value = projections(attn, hidden_states)
+    query, key, value = (
+        x.unflatten(-1, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value)
+    )
+    if rotary is not None:
+        cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
+        query, key = (rotate_pairs(x, cos, sin).type_as(x) for x in (query, key))
+    return query, key, value
+
+
+def hunyuan_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Latents [B, C, frames, height, width] in patches; the text follows the video."""
+    config, (frames, height, width) = model.config, arguments["hidden_states"].shape[2:]
+    grid = (frames // config.patch_size_t, height // config.patch_size, width // config.patch_size)
+    return TokenLayout(text=text_of(arguments), grid=grid, text_last=True)
+
+
+def hunyuan_text_mask(arguments: Mapping[str, Any]) -> Tensor:
+    """The model counts the ones of the mask and takes as many tokens from the front."""
+    mask = arguments["encoder_attention_mask"]
+    return torch.arange(mask.shape[1], device=mask.device) < mask.sum(dim=1, keepdim=True)
+
+
+def hunyuan_project(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, rotary: Any
+) -> QKV:
+    """Single stream blocks share the projections of video and text; rotary for the video alone."""
+    video = hidden_states.shape[1]
+    is_single = attn.add_q_proj is None
+    if is_single:
+        hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+    query, key, value = stream(attn, hidden_states, fusible=False)
+    if rotary is not None:
+        query, key = (
+            torch.cat([apply_rotary_emb(x[:, :video], rotary, sequence_dim=1), x[:, video:]], dim=1)
+            for x in (query, key)
+        )
+    if is_single:
+        return query, key, value
+    text = stream(attn, encoder_hidden_states, added=True, fusible=False)
+    return concatenate((query, key, value), text)
+
+
+def hunyuan_output(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A single stream block projects the output itself."""
+    video = hidden_states.shape[1] - encoder_hidden_states.shape[1]
+    hidden_states, text = hidden_states[:, :video], hidden_states[:, video:]
+    if getattr(attn, "to_out", None) is not None:
+        hidden_states = project_out(attn, hidden_states)
+    if getattr(attn, "to_add_out", None) is not None:
+        text = attn.to_add_out(text)
+    return hidden_states, text
+
+
+def mochi_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Latents [B, C, frames, height, width], patches in space; the text follows the video."""
+    size, (frames, height, width) = model.config.patch_size, arguments["hidden_states"].shape[2:]
+    return TokenLayout(text=text_of(arguments), grid=(frames, height // size, width // size), text_last=True)
+
+
+def mochi_project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, rotary: Any) -> QKV:
+    """Every head has angles of its own, [N, H, D / 2]."""
+    query, key, value = stream(attn, hidden_states, fusible=False)
+    text = stream(attn, encoder_hidden_states, added=True, fusible=False)
+    if rotary is not None:
+        query, key = (rotate_pairs(x.float(), *rotary).to(x.dtype) for x in (query, key))
+    return concatenate((query, key, value), text)
+
+
+def cogvideox_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Latents [B, frames, C, height, width] in patches, the last one in time filled up."""
+    config, (frames, _, height, width) = model.config, arguments["hidden_states"].shape[1:]
+    grid = (
+        -(-frames // (config.patch_size_t or 1)), height // config.patch_size, width // config.patch_size,
+    )  # fmt: skip
+    return TokenLayout(text=text_of(arguments), grid=grid)
+
+
+def cogvideox_project(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, rotary: Any
+) -> QKV:
+    """Text first, under the projections of the video; rotary for the video alone."""
+    text = encoder_hidden_states.shape[1]
+    joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    query, key, value = stream(attn, joint)
+    if rotary is not None:
+        query, key = (
+            torch.cat([x[:, :text], apply_rotary_emb(x[:, text:], rotary, sequence_dim=1)], dim=1)
+            for x in (query, key)
+        )
+    return query, key, value
+
+
+def cogvideox_output(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One output projection for both."""
+    text = encoder_hidden_states.shape[1]
+    hidden_states = project_out(attn, hidden_states)
+    return hidden_states[:, text:], hidden_states[:, :text]
+
+
+def ltx_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """The caller says how the packed tokens [B, N, C] lie."""
+    grid = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+    tokens = arguments["hidden_states"].shape[1]
+    layout = TokenLayout(text=0, grid=grid) if None not in grid else None
+    if layout is None or layout.image != tokens:
+        raise ConfigError(
+            f"num_frames, height and width must tell how {tokens} tokens lie, found {grid} (conditioning "
+            "frames beside the video?); remove the handle to run this pipeline"
+        )
+    return layout
+
+
+def ltx_project(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, rotary: Any
+) -> QKV:
+    """Norms and rotary over all heads at once."""
+    query, key, value = projections(attn, hidden_states)
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if rotary is not None:
+        query, key = apply_rotary_emb_ltx(query, rotary), apply_rotary_emb_ltx(key, rotary)
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+    return query, key, value
 
 
 ADAPTERS = (
@@ -116,9 +424,86 @@ ADAPTERS = (
         methods=frozenset({"neighborhood"}),
         stock=(FluxAttnProcessor,),
         axes=2,
-        layers=flux_layers,
+        layers=layers_of("transformer_blocks.attn", "single_transformer_blocks.attn"),
         layout=flux_layout,
         project=flux_project,
         output=flux_output,
+    ),
+    Adapter(
+        model=SD3Transformer2DModel,
+        methods=frozenset({"neighborhood"}),
+        stock=(JointAttnProcessor2_0, FusedJointAttnProcessor2_0),
+        axes=2,
+        layers=layers_of("transformer_blocks.attn", "transformer_blocks.attn2"),
+        layout=sd3_layout,
+        project=sd3_project,
+        output=sd3_output,
+        image_only=".attn2",
+    ),
+    Adapter(
+        model=QwenImageTransformer2DModel,
+        methods=frozenset({"neighborhood"}),
+        stock=(QwenDoubleStreamAttnProcessor2_0,),
+        axes=2,
+        layers=layers_of("transformer_blocks.attn"),
+        layout=qwen_layout,
+        project=qwen_project,
+        output=text_first_output,
+        text_mask=text_mask_of("encoder_hidden_states_mask"),
+        mask=qwen_mask,
+    ),
+    Adapter(
+        model=WanTransformer3DModel,
+        methods=frozenset({"neighborhood", "radial"}),
+        stock=(WanAttnProcessor,),
+        axes=3,
+        layers=layers_of("blocks.attn1"),
+        layout=wan_layout,
+        project=wan_project,
+        output=image_output,
+    ),
+    Adapter(
+        model=HunyuanVideoTransformer3DModel,
+        methods=frozenset({"neighborhood", "radial"}),
+        stock=(HunyuanVideoAttnProcessor2_0,),
+        axes=3,
+        layers=layers_of("transformer_blocks.attn", "single_transformer_blocks.attn"),
+        layout=hunyuan_layout,
+        project=hunyuan_project,
+        output=hunyuan_output,
+        text_mask=hunyuan_text_mask,
+    ),
+    Adapter(
+        model=MochiTransformer3DModel,
+        methods=frozenset({"neighborhood", "radial"}),
+        stock=(MochiAttnProcessor2_0,),
+        axes=3,
+        layers=layers_of("transformer_blocks.attn1"),
+        layout=mochi_layout,
+        project=mochi_project,
+        output=hunyuan_output,
+        text_mask=text_mask_of("encoder_attention_mask"),
+        drops_padding=True,
+        timestep_rises=True,
+    ),
+    Adapter(
+        model=CogVideoXTransformer3DModel,
+        methods=frozenset({"neighborhood", "radial"}),
+        stock=(CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0),
+        axes=3,
+        layers=layers_of("transformer_blocks.attn1"),
+        layout=cogvideox_layout,
+        project=cogvideox_project,
+        output=cogvideox_output,
+    ),
+    Adapter(
+        model=LTXVideoTransformer3DModel,
+        methods=frozenset({"neighborhood", "radial"}),
+        stock=(LTXVideoAttnProcessor,),
+        axes=3,
+        layers=layers_of("transformer_blocks.attn1"),
+        layout=ltx_layout,
+        project=ltx_project,
+        output=image_output,
     ),
 )

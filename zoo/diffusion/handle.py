@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from zoo import ops
 from zoo.diffusion.adapters import ADAPTERS, Adapter
 from zoo.diffusion.layout import TokenLayout
 from zoo.errors import ConfigError, did_you_mean
+
+PLANS = 16  # geometries of which a handle keeps the plan
 
 
 class Config(Protocol):
@@ -25,21 +30,44 @@ class Config(Protocol):
         """Raise ConfigError for settings that do not suit a token grid of so many axes."""
         ...
 
-    def pairs(self, layout: TokenLayout) -> int:
+    def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> Any:
+        """Say what is seen of `text` text tokens (no padding) and the image; None: everything by all."""
+        ...
+
+    def pairs(self, layout: TokenLayout, text: int, plan: Any) -> int:
         """Query-key pairs that one head computes."""
         ...
 
-    def chosen_backend(self, sequence: Tensor, layout: TokenLayout) -> str:
+    def chosen_backend(self, query: Tensor, key: Tensor, layout: TokenLayout, plan: Any) -> str:
         """Name of the backend for a joint sequence [B, N, H, D] of this type and device."""
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Samples whose prompts are padded alike: `rows` of the batch, `tokens` of the sequence but the padding.
+
+    `rows` and `tokens` are None where all belong to the group and nothing is padding. `text` counts the text
+    tokens among `tokens`; `plan` is what the method made of this geometry.
+    """
+
+    rows: Tensor | None
+    tokens: Tensor | None
+    text: int
+    plan: Any
+
+
 @dataclass
 class State:
-    """What the processors of one handle read; a step number would recompile the model at every step."""
+    """What the processors of one handle read; a step number would recompile the model at every step.
+
+    `errors` is None but while the handle compares with dense attention.
+    """
 
     sparse: bool = False
     layout: TokenLayout | None = None
+    groups: tuple[Group, ...] = ()
+    errors: dict[str, float] | None = None
 
 
 class Processor:
@@ -53,10 +81,12 @@ class Processor:
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, adapter: Adapter, state: State, config: Any) -> None:
+    def __init__(self, name: str, adapter: Adapter, state: State, config: Any) -> None:
+        self.name = name
         self.adapter = adapter
         self.state = state
         self.config = config
+        self.image_only = adapter.image_only is not None and name.endswith(adapter.image_only)
 
     def __call__(
         self,
@@ -65,33 +95,79 @@ class Processor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
+        encoder_hidden_states_mask: Tensor | None = None,
     ) -> Any:
         query, key, value = self.adapter.project(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb
         )  # [B, N, H, D]
+        layout = self.layout_for(query)
+        mask = self.adapter.mask(attention_mask, encoder_hidden_states_mask, layout.image)
+        if not self.state.sparse:
+            out = self.dense_as_model(query, key, value, mask, layout)
+        elif mask is None or self.adapter.text_mask is not None:
+            out = self.by_group(self.attend, query, key, value, layout)
+            if self.state.errors is not None:
+                dense = self.dense_as_model(query, key, value, mask, layout)
+                error = (out.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30)
+                self.state.errors[self.name] = float(error)
+                out = dense
+        else:
+            raise ConfigError(
+                f"attention_mask must be None for {type(self).__name__}, found one of shape "
+                f"{tuple(mask.shape)}; leave it out or remove the handle"
+            )
+        return self.adapter.output(attn, out.flatten(2, 3).to(query.dtype), encoder_hidden_states)
+
+    def layout_for(self, query: Tensor) -> TokenLayout:
+        """Where this layer's tokens lie, [B, N, H, D]."""
         layout = self.state.layout
+        if layout is not None and self.image_only:
+            layout = replace(layout, text=0)
         if layout is None or query.shape[1] != layout.tokens:
             raise ConfigError(
                 f"{type(self).__name__} got {query.shape[1]} tokens, found the geometry {layout}; call the "
                 "transformer itself, neither its forward method nor its blocks"
             )
-        if not self.state.sparse:
-            out = self.dense(query, key, value, attention_mask)
-        elif attention_mask is None:
-            out = self.attend(query, key, value, layout)
-        else:
-            raise ConfigError(
-                f"attention_mask must be None for {type(self).__name__}, found one of shape "
-                f"{tuple(attention_mask.shape)}; leave it out or remove the handle"
-            )
-        return self.adapter.output(attn, out.flatten(2, 3).to(query.dtype), encoder_hidden_states)
+        return layout
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend as the model itself would, on the backend chosen in diffusers; all [B, N, H, D]."""
+        """Attend on the backend chosen in diffusers; all [B, N, H, D]."""
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
-        """Attend sparsely over the joint sequence; all [B, N, H, D]."""
+    def dense_as_model(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layout: TokenLayout
+    ) -> Tensor:
+        """Attend as the model itself would; all [B, N, H, D]."""
+        if not self.adapter.drops_padding:
+            return self.dense(query, key, value, mask)
+        attend = lambda query, key, value, layout, plan: self.dense(query, key, value)  # noqa: E731
+        return self.by_group(attend, query, key, value, layout)
+
+    def by_group(
+        self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout
+    ) -> Tensor:
+        """Attend for samples that are padded alike at once, without their padding; all [B, N, H, D]."""
+        out = None
+        for group in self.state.groups:
+            plan = group.plan
+            if group.rows is None or self.image_only:
+                return attend(query, key, value, layout, plan)
+            part_query, part_key, part_value = (x[group.rows] for x in (query, key, value))
+            part_key, part_value = (x.index_select(1, group.tokens) for x in (part_key, part_value))
+            if self.adapter.drops_padding:
+                part_layout = replace(layout, text=group.text)
+                part = attend(
+                    part_query.index_select(1, group.tokens), part_key, part_value, part_layout, plan
+                )
+                # What is left of the text comes first, zeros after it: as the model does.
+                part = functional.pad(part, (0, 0, 0, 0, 0, layout.text - group.text))
+            else:
+                part = attend(part_query, part_key, part_value, layout, plan)
+            out = (torch.zeros_like(query) if out is None else out).index_copy(0, group.rows, part)
+        return out
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Any) -> Tensor:
+        """Attend sparsely over the joint sequence; keys may hold fewer text tokens; all [B, N, H, D]."""
         raise NotImplementedError
 
 
@@ -109,6 +185,19 @@ class Stats:
     keep: float
     flops_saved: int
     backend: str | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a sparse forward is from the dense one: |sparse - dense| / |dense|, 0 where they are equal.
+
+    `output` is that of the whole transformer; `layers` that of each changed attention, given the queries,
+    keys and values of the dense forward; `keep` is the fraction of query-key pairs computed.
+    """
+
+    output: float
+    layers: dict[str, float]
+    keep: float
 
 
 @dataclass
@@ -135,17 +224,19 @@ class Handle:
         self.dense_steps = dense_steps
         self._sites = sites
         self._state = State()
+        self._plans: OrderedDict[Any, Any] = OrderedDict()
         self._active = True
         self._calls = self._sparse_calls = self._flops = self._dense_flops = 0
         self._backend: str | None = None
+        self._forced: bool | None = None  # sparse or dense whatever the step, while comparing
         self.reset()
         try:
             for site in sites:
                 for name, layer in site.layers.items():
-                    original, ours = layer.processor, processor(site.adapter, self._state, config)
+                    original, ours = layer.processor, processor(name, site.adapter, self._state, config)
                     ours._attention_backend = getattr(original, "_attention_backend", None)
                     site.originals[name], site.processors[name] = original, ours
-                    layer.set_processor(ours)
+                    layer.processor = ours  # not every attention module has a set_processor
                 site.hook = site.entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         except BaseException:
             self.remove()
@@ -181,8 +272,38 @@ class Handle:
                 site.hook.remove()
             for name, original in site.originals.items():
                 if site.layers[name].processor is site.processors.get(name):
-                    site.layers[name].set_processor(original)
+                    site.layers[name].processor = original
         self._active = False
+
+    def compare_dense(self, *args: Any, transformer: nn.Module | None = None, **kwargs: Any) -> Comparison:
+        """Run a transformer once dense and once sparse and say how far apart they are.
+
+        Arguments are those of the transformer's forward, whose step does not matter here; `transformer` says
+        which one of several, the first by default. Neither `stats()` nor `step` notices.
+        """
+        known = [site for site in self._sites if transformer in (None, site.entry, site.model)]
+        if not self._active or not known:
+            raise ConfigError("compare_dense needs a transformer that this handle changes, before remove()")
+        entry, state = known[0].entry, self._state
+        outputs = {}
+        try:
+            with torch.no_grad():
+                # Sparse and dense at every layer, going on with dense: each layer is judged by itself.
+                for name in ("dense", "sparse"):
+                    self._forced, state.errors = True, {} if name == "dense" else None
+                    result = entry(*args, **kwargs)
+                    result = result[0] if isinstance(result, tuple) else result.sample
+                    outputs[name] = result.float()
+                    if name == "dense":
+                        layers = state.errors
+        finally:
+            self._forced = state.errors = None
+        dense = outputs["dense"]
+        error = (outputs["sparse"] - dense).norm() / dense.norm().clamp_min(1e-30)
+        total = state.layout.tokens**2
+        kept = [self.config.pairs(state.layout, group.text, group.plan) / total for group in state.groups]
+        keep = sum(kept) / len(kept) if state.sparse else 1.0
+        return Comparison(float(error), layers, keep)
 
     def __enter__(self) -> Handle:
         if not self._active:
@@ -207,15 +328,54 @@ class Handle:
                     "the handle before changing processors"
                 )
         arguments = inspect.signature(type(site.model).forward).bind(site.model, *args, **kwargs).arguments
-        layout = site.adapter.layout(arguments)
-        self._count_step(arguments["timestep"])
-        self._state.layout = layout
-        self._state.sparse = self._step >= self.dense_steps and layout.image > 1  # one token has no neighbor
-        self._count_work(site, arguments["hidden_states"], layout)
+        layout = site.adapter.layout(site.model, arguments)
+        hidden_states = arguments["hidden_states"]
+        groups = self._groups(site.adapter, layout, arguments, hidden_states.device)
+        if self._forced is None:
+            self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
+            sparse = self._step >= self.dense_steps
+        else:
+            sparse = self._forced
+        self._state.layout, self._state.groups = layout, groups
+        self._state.sparse = sparse and any(group.plan is not None for group in groups)
+        if self._forced is None:
+            self._count_work(site, hidden_states, layout)
 
-    def _count_step(self, timestep: Tensor) -> None:
-        """Count changes, not calls: guidance calls the model twice per step. A rise is a new generation."""
-        now = float(timestep.detach().flatten()[0])
+    def _groups(
+        self, adapter: Adapter, layout: TokenLayout, arguments: Mapping[str, Any], device: torch.device
+    ) -> tuple[Group, ...]:
+        mask = None if adapter.text_mask is None else adapter.text_mask(arguments)
+        if mask is None or bool(mask.all()):
+            return (Group(None, None, layout.text, self._plan(adapter, layout, layout.text, device)),)
+        kinds, which = mask.bool().cpu().unique(dim=0, return_inverse=True)  # one look at the device for all
+        groups = []
+        for number, kept in enumerate(kinds):
+            tokens = torch.ones(layout.tokens, dtype=torch.bool)
+            tokens[layout.text_slice] = kept
+            text = int(kept.sum())
+            queries = replace(layout, text=text) if adapter.drops_padding else layout
+            rows = (which == number).nonzero().flatten()
+            plan = self._plan(adapter, queries, text, device)
+            groups.append(Group(rows.to(device), tokens.nonzero().flatten().to(device), text, plan))
+        return tuple(groups)
+
+    def _plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> Any:
+        """Make a plan once for each geometry: every layer and step uses the same tensors."""
+        key = (adapter.model, layout, text, str(device))
+        if key not in self._plans:
+            self._plans[key] = self.config.plan(adapter, layout, text, device)
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return self._plans[key]
+
+    def _count_step(self, timestep: Any, *, rises: bool) -> None:
+        """Count changes, not calls: guidance calls the model twice per step. A step back is a new generation.
+
+        Frames that are given, not made, may have a timestep of 0 of their own: the noisiest token counts.
+        """
+        now = float(torch.as_tensor(timestep).detach().max())
+        now = -now if rises else now
         if now > self._timestep:
             self._step = 0
         elif now < self._timestep:
@@ -224,17 +384,34 @@ class Handle:
 
     def _count_work(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> None:
         """Count here, not in the processors: a counter there would recompile the model at every step."""
-        batch, layers = len(hidden_states), len(site.layers)
-        heads, width = site.model.config.num_attention_heads, site.model.config.attention_head_dim
-        pairs = dense_pairs = layout.tokens**2
+        for name, layer in site.layers.items():
+            seen = replace(layout, text=0) if site.processors[name].image_only else layout
+            for group in self._state.groups:
+                batch = len(hidden_states) if group.rows is None else len(group.rows)
+                work = 4 * layer.inner_dim * batch
+                pairs = dense_pairs = seen.tokens**2
+                if self._state.sparse:
+                    text = min(group.text, seen.text)
+                    pairs = self.config.pairs(seen, text, group.plan)
+                self._flops += work * pairs
+                self._dense_flops += work * dense_pairs
+        self._calls += len(site.layers)
         if self._state.sparse:
-            pairs = self.config.pairs(layout)
-            sequence = hidden_states.new_empty(()).expand(batch, layout.tokens, heads, width)
-            self._backend = self.config.chosen_backend(sequence, layout)
-            self._sparse_calls += layers
-        self._calls += layers
-        self._flops += 4 * width * heads * batch * layers * pairs
-        self._dense_flops += 4 * width * heads * batch * layers * dense_pairs
+            self._sparse_calls += len(site.layers)
+            self._backend = self._chosen_backend(site, hidden_states, layout)
+
+    def _chosen_backend(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> str:
+        group = next(group for group in self._state.groups if group.plan is not None)
+        layer = next(iter(site.layers.values()))
+        batch = len(hidden_states) if group.rows is None else len(group.rows)
+        queries = group.text if site.adapter.drops_padding else layout.text
+        query, key = (
+            hidden_states.new_empty(()).expand(
+                batch, layout.image + text, layer.heads, layer.inner_dim // layer.heads
+            )
+            for text in (queries, group.text)
+        )
+        return self.config.chosen_backend(query, key, replace(layout, text=queries), group.plan)
 
 
 def apply(
@@ -309,6 +486,14 @@ def select(layers: dict[str, nn.Module], dense_layers: int | Sequence[int | str]
     if len(dense) == len(names):
         raise ConfigError(f"dense_layers must leave out at least one layer, found all {len(names)}")
     return {name: layer for name, layer in layers.items() if name not in dense}
+
+
+def check_backend(name: str, op: str) -> None:
+    """Raise ConfigError for a backend that an operation does not have."""
+    names = ["auto", *(row.backend for row in ops.backends() if row.op == op)]
+    if name not in names:
+        near = did_you_mean(str(name), names)
+        raise ConfigError(f"backend must be one of {', '.join(names)}, found {name!r}{near}")
 
 
 def refuse_foreign_processor(name: str, processor: Any, adapter: Adapter) -> None:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from zoo import ops
-from zoo.diffusion.handle import Handle, Processor, apply
+from zoo.diffusion.adapters import Adapter
+from zoo.diffusion.handle import Handle, Processor, apply, check_backend
 from zoo.diffusion.layout import TokenLayout
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import ConfigError
+
+Window = dict[str, tuple[int, ...]]  # grid, kernel_size, dilation and stride, clamped to each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +47,9 @@ class NeighborhoodConfig:
         self.per_axis("dilation", axes)
         if any(s > k for s, k in zip(stride, kernel_size, strict=True)):
             raise ConfigError(f"stride must not exceed kernel_size {kernel_size}, found {stride}")
-        names = ["auto", *(row.backend for row in ops.backends() if row.op == "neighborhood_attention")]
-        if self.backend not in names:
-            near = did_you_mean(str(self.backend), names)
-            raise ConfigError(f"backend must be one of {', '.join(names)}, found {self.backend!r}{near}")
+        check_backend(self.backend, "neighborhood_attention")
 
-    def window(self, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def window(self, grid: tuple[int, ...]) -> Window:
         """Return grid, kernel_size, dilation and stride such that no window reaches beyond the grid.
 
         An axis of one token is left out: there is nothing to choose along it.
@@ -64,22 +64,32 @@ class NeighborhoodConfig:
         sizes, kernel_sizes, dilations, strides = zip(*axes, strict=True)
         return {"grid": sizes, "kernel_size": kernel_sizes, "dilation": dilations, "stride": strides}
 
-    def pairs(self, layout: TokenLayout) -> int:
-        """Query-key pairs of one head: text sees everything, an image token its neighborhood and the text."""
-        neighborhood = prod(self.window(layout.grid)["kernel_size"])
-        return layout.text * layout.tokens + layout.image * (neighborhood + layout.text)
-
-    def arguments(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> dict[str, Any]:
-        """Return what `ops.neighborhood_attention` takes for a joint sequence, [B, N, H, D]."""
+    def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> Window | None:
+        """Return the window on this grid; None where it is the whole grid or there is but one token."""
+        if layout.image == 1:
+            return None
         window = self.window(layout.grid)
-        grid = window.pop("grid")
-        q, k, v = (x[:, layout.text :].unflatten(1, grid) for x in (query, key, value))  # [B, Y, X, H, D]
-        text = {"extra_k": key[:, : layout.text], "extra_v": value[:, : layout.text]}
-        return {"q": q, "k": k, "v": v, **window, **text, "backend": self.backend}
+        return None if window["kernel_size"] == window["grid"] else window
 
-    def chosen_backend(self, sequence: Tensor, layout: TokenLayout) -> str:
+    def pairs(self, layout: TokenLayout, text: int, plan: Window | None) -> int:
+        """Query-key pairs of one head: text sees everything, an image token its neighborhood and the text."""
+        neighborhood = layout.image if plan is None else prod(plan["kernel_size"])
+        return layout.text * (layout.image + text) + layout.image * (neighborhood + text)
+
+    def arguments(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Window
+    ) -> dict[str, Any]:
+        """Return what `ops.neighborhood_attention` takes for a joint sequence, [B, N, H, D]."""
+        window = dict(plan)
+        grid = window.pop("grid")
+        images = {name: layout.split(x)[1] for name, x in (("q", query), ("k", key), ("v", value))}
+        images = {name: x.unflatten(1, grid) for name, x in images.items()}  # [B, Y, X, H, D]
+        text = {"extra_k": layout.split(key)[0], "extra_v": layout.split(value)[0]}
+        return {**images, **window, **text, "backend": self.backend}
+
+    def chosen_backend(self, query: Tensor, key: Tensor, layout: TokenLayout, plan: Window) -> str:
         """Name of the backend for a joint sequence [B, N, H, D] of this type and device."""
-        arguments = self.arguments(sequence, sequence, sequence, layout)
+        arguments = self.arguments(query, key, key, layout, plan)
         return ops.explain("neighborhood_attention", **arguments).backend
 
 
@@ -88,10 +98,16 @@ class NeighborhoodProcessor(Processor):
 
     config: NeighborhoodConfig
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
-        image = ops.neighborhood_attention(**self.config.arguments(query, key, value, layout))
-        text = self.dense(query[:, : layout.text], key, value)
-        return torch.cat([text, image.flatten(1, -3)], dim=1)  # [B, N, H, D]
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Window | None
+    ) -> Tensor:
+        if plan is None:
+            return self.dense(query, key, value)
+        image = ops.neighborhood_attention(**self.config.arguments(query, key, value, layout, plan))
+        image = image.flatten(1, -3)
+        if layout.text == 0:
+            return image
+        return layout.join(self.dense(layout.split(query)[0], key, value), image)  # [B, N, H, D]
 
 
 def apply_neighborhood(
@@ -106,9 +122,10 @@ def apply_neighborhood(
 ) -> Handle:
     """Let image tokens of a diffusers pipeline or transformer attend to their neighborhood and the text only.
 
-    Units: `kernel_size`, `dilation` and `stride` in tokens of the (rows, columns) grid, clamped to it; a Flux
-        token is 16 x 16 pixels. The first `dense_steps` denoising steps stay dense, and so do `dense_layers`:
-        the first n layers, or a list of indices, names ("transformer_blocks.0") or patterns ("single_*").
+    Units: `kernel_size`, `dilation` and `stride` in tokens of the grid, (rows, columns) or, in a video,
+        (frames, rows, columns), clamped to it; a Flux token is 16 x 16 pixels. The first `dense_steps`
+        denoising steps stay dense, and so do `dense_layers`: the first n layers, or a list of indices, names
+        ("transformer_blocks.0") or patterns ("single_*").
     Returns: a handle with `remove()` and `stats()`, also a context manager. Sizes are read at every call.
     Raises: ConfigError, with nothing changed, for a class or a processor that is not supported, a wrong layer
         name or number, context parallelism, or a second call before `remove()`.

@@ -18,4 +18,4 @@ def test_rows_and_columns_survive_the_rounding_of_the_ids(inputs, grid, dtype, b
     arguments = inputs(grid, text=3, batch=1)
     ids = arguments["img_ids"].to(dtype)
     arguments["img_ids"] = ids[None] if batched else ids
-    assert flux_layout(arguments) == TokenLayout(text=3, grid=grid)
+    assert flux_layout(None, arguments) == TokenLayout(text=3, grid=grid)
