@@ -18,7 +18,7 @@ from zoo.kernels.bilevel.regions import region_of, to_map, to_regions
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
 COPIED_TOKEN = 32  # cost of copying one key and its value, in query-key products
 DENSE_PRODUCTS = 1 << 16  # where a mask of this many entries for each image still costs nothing
-TOKENS_AT_ONCE = 8192  # chosen keys held at once: they stay in the cache
+TOKENS_AT_ONCE = 16384  # chosen keys held at once: they stay in the cache
 
 # SDPA's own kernel, named because it gives the LSE and takes its backward pass apart from autograd.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -143,12 +143,11 @@ class _Regions(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, rows, scale):  # noqa: ANN001, ANN205
-        out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        done = []
         for part in _parts(rows, k):
-            some = map(_heads_first, (q[part], _take(k, rows[part]), _take(v, rows[part])))
-            some_out, some_lse = _flash(*some, scale=scale)
-            out[part], lse[part] = some_out.transpose(1, 2), some_lse.transpose(1, 2)
+            some = (q[part], _take(k, rows[part]), _take(v, rows[part]))
+            done.append(_flash(*map(_heads_first, some), scale=scale))
+        out, lse = (_cat([some.transpose(1, 2) for some in parts]) for parts in zip(*done, strict=True))
         ctx.save_for_backward(q, k, v, rows, out, lse)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
@@ -166,22 +165,26 @@ class _Regions(torch.autograd.Function):
             q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
             grad_out = F.pad(grad_out, (0, 1), value=1.0)
             out = torch.cat([out, -grad_lse[..., None].to(out.dtype)], dim=-1)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
         for part in _parts(rows, k):
             some = (grad_out[part], q[part], _take(k, rows[part]), _take(v, rows[part]), out[part])
             some_lse = lse[part].transpose(1, 2)
             grads = _flash_backward(*map(_heads_first, some), some_lse, 0.0, False, scale=ctx.scale)
-            grad_q[part] = grads[0].transpose(1, 2)
-            for whole, grad in zip((grad_k, grad_v), grads[1:], strict=True):
-                grad = grad.transpose(1, 2).reshape(rows[part].numel(), -1)  # [P * topk, tokens * H * D]
-                whole.flatten(1).index_add_(0, rows[part].flatten(), grad)
-        return *(x[..., :width] for x in (grad_q, grad_k, grad_v)), None, None
+            grad_q.append(grads[0].transpose(1, 2))
+            for whole, grad in zip((grad_k.flatten(1), grad_v.flatten(1)), grads[1:], strict=True):
+                grad = grad.transpose(1, 2).reshape(-1, whole.shape[1])  # [P * topk, tokens * H * D]
+                whole.index_add_(0, rows[part].flatten(), grad)
+        return *(x[..., :width] for x in (_cat(grad_q), grad_k, grad_v)), None, None
 
 
 def _parts(rows: Tensor, k: Tensor) -> list[slice]:
     """Regions that are taken together."""
     some = max(1, TOKENS_AT_ONCE // (rows.shape[1] * k.shape[1]))
-    return [slice(start, start + some) for start in range(0, len(rows), some)]
+    return [slice(start, start + some) for start in range(0, max(1, len(rows)), some)]
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _all_finite(x: Tensor) -> bool:
