@@ -135,7 +135,7 @@ dispatch.OPERATIONS[OP] = (
     dispatch.Backend(
         "sdpa",
         run=lambda call: sdpa.agent_attention(*_arguments(call)),
-        why_not=lambda call: None,
+        why_not=lambda call: dispatch.why_not_opaque(),
     ),
     dispatch.Backend(
         "reference",

@@ -33,7 +33,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
         # The fused kernels of a CPU take a mask of two or four axes.
         bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    # Where a bias wants its gradient, SDPA is slower than the two products.
+    # Where a bias wants its gradient, SDPA is slower than the two products. Agents are few: scale them.
+    q, k = (q * scale, k) if q.shape[2] < k.shape[2] else (q, k * scale)
+    logits = q @ k.transpose(-2, -1)
+    if not _may_hide(bias):
+        return (logits + bias).softmax(dim=-1) @ v
     nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)
-    logits = (q * scale) @ k.transpose(-2, -1) + bias.masked_fill(nothing, 0.0)
-    return (logits.softmax(dim=-1) @ v).masked_fill(nothing, 0.0)
+    weights = (logits + bias.masked_fill(nothing, 0.0)).softmax(dim=-1)
+    return (weights @ v).masked_fill(nothing, 0.0)
+
+
+def _may_hide(bias: Tensor) -> bool:
+    """Whether rows may see nothing: looked up where that costs next to nothing, else assumed."""
+    if torch.compiler.is_compiling() or bias.device.type != "cpu":
+        return True
+    return bias.numel() > 0 and bias.detach().amin().item() == float("-inf")
