@@ -90,30 +90,46 @@ class WindowAttention(nn.Module):
         index = down * (2 * all_columns - 1) + right  # [row, column, row of the key, its column]
         return table[index.flatten(2).flatten(0, 1)].permute(2, 0, 1)
 
-    def _project(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int], dict[str, object]]:
-        """Pad and project: q, k and v as [B, Y, X, H, D], the window, and the operation's other arguments."""
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+        """Whole windows of zeros and tokens, and window and shift."""
         rows, columns = x.shape[1:3]
         window, shift = self.window_for(rows, columns)
         down, right = -rows % window[0], -columns % window[1]
-        if down or right:
-            x = F.pad(x, (0, 0, 0, right, 0, down))
-        qkv = getattr(self, self.qkv_name)(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        options = {"shift": shift, "bias": self.relative_position_bias(window), "scale": self.scale}
-        return qkv, window, options
+        return (F.pad(x, (0, 0, 0, right, 0, down)) if down or right else x), window, shift
+
+    def _attend(self, x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+        """Attention of whole windows before the last projection, [B, Y, X, C] in and out."""
+        qkv = self._project(x)
+        bias = self.relative_position_bias(window)
+        return ops.window_attention(*qkv, window, shift=shift, bias=bias, scale=self.scale).flatten(-2)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as [B, Y, X, H, D]."""
+        return getattr(self, self.qkv_name)(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, Y, X, C] to [B, Y, X, C]."""
         rows, columns = x.shape[1:3]
-        qkv, window, options = self._project(x)
-        x = ops.window_attention(*qkv, window, **options)[:, :rows, :columns]
-        return self.proj_drop(getattr(self, self.proj_name)(x.flatten(-2)))
+        x, window, shift = self._pad(x)
+        if x.device.type == "cpu" and not any(shift):
+            # Windows have to lie in one piece here. As maps of their own they are cut before the projection,
+            # when they are a third as much to copy.
+            down, across = x.shape[1] // window[0], x.shape[2] // window[1]
+            x = x.unflatten(2, (across, -1)).unflatten(1, (down, -1)).transpose(2, 3).flatten(0, 2)
+            x = self._attend(x, window, shift)
+            x = x.unflatten(0, (-1, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        else:
+            x = self._attend(x, window, shift)
+        return self.proj_drop(getattr(self, self.proj_name)(x[:, :rows, :columns]))
 
     def attention_weights(self, x: Tensor) -> AttentionRecord:
         """Weights of every query over the places of its window for the input [B, Y, X, C] of `forward`."""
-        (q, k, _), window, options = self._project(x)
+        image = tuple(x.shape[1:3])
+        x, window, shift_by = self._pad(x)
+        q, k, _ = self._project(x)
         grid = tuple(q.shape[1:3])
         keys, places = [], []
-        for length, size, shift in zip(grid, window, options["shift"], strict=True):
+        for length, size, shift in zip(grid, window, shift_by, strict=True):
             token, slot = torch.arange(length, device=q.device), torch.arange(size, device=q.device)
             place = (token - shift) % size
             places.append(place)
@@ -127,9 +143,10 @@ class WindowAttention(nn.Module):
         each = torch.eye(window[0] * window[1], device=q.device)[place]
         each = each[None, :, :, None].expand(*k.shape[:-1], -1)
         with torch.autocast(x.device.type, enabled=False):
-            weights = ops.window_attention(q, k, each, window, **options)
+            bias = self.relative_position_bias(window)
+            weights = ops.window_attention(q, k, each, window, shift=shift_by, bias=bias, scale=self.scale)
         axes = ("batch", "row", "column", "head", "key")
-        return AttentionRecord(weights, axes, grid, tuple(x.shape[1:3]), index)
+        return AttentionRecord(weights, axes, grid, image, index)
 
     def attention_macs(self, shape: torch.Size) -> int:
         """Multiply-adds of the two products for an input of this shape, [B, Y, X, C]."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from zoo.attention import ChannelAttention, WindowAttention
 from zoo.attention.layers import Convolution
 from zoo.layers.backbone import Backbone, drop_path_rates, init_as_published
+from zoo.layers.mlp import Mlp
 from zoo.registry import register_family
 from zoo.weights.convert.davit import to_timm
 
