@@ -5,6 +5,8 @@ from __future__ import annotations
 from zoo.errors import did_you_mean
 from zoo.kernels.agent import op as _agent
 from zoo.kernels.agent.op import agent_attention
+from zoo.kernels.aligned import op as _aligned
+from zoo.kernels.aligned.op import aligned_attention
 from zoo.kernels.bilevel import op as _bilevel
 from zoo.kernels.bilevel.op import bilevel_routing_attention, region_means, route
 from zoo.kernels.block_sparse import op as _block_sparse
@@ -24,6 +26,7 @@ from zoo.kernels.window.op import window_attention
 
 _EXPLAIN = {
     "agent_attention": _agent.explain,
+    "aligned_attention": _aligned.explain,
     "bilevel_routing_attention": _bilevel.explain,
     "block_sparse_attention": _block_sparse.explain,
     "channel_attention": _channel.explain,
@@ -38,6 +41,7 @@ __all__ = [
     "BlockList",
     "Explanation",
     "agent_attention",
+    "aligned_attention",
     "backends",
     "bilevel_routing_attention",
     "block_sparse_attention",

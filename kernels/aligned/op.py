@@ -1,0 +1,156 @@
+"""Aligned attention: check the arguments, choose a backend, compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.kernels import dispatch
+from zoo.kernels.aligned import cpu, reference
+
+OP = "aligned_attention"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call: consistent tensors, one radius for every axis of the grid."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    radius: tuple[int, ...]
+    scale: float
+
+
+def aligned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    radius: int | Sequence[int] = 0,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from every place of one grid to the same place of another and those up to `radius` away.
+
+    At a border the window is clipped: it neither shifts nor wraps. With radius 0 a query sees one key, so
+    that the output is v and q shows in the LSE alone; merged with attention to other keys by their LSEs
+    (`merge_attentions`), it is one softmax over all.
+
+    Shapes: q [B, *grid, Hq, D], k [B, *grid, Hkv, D], v [B, *grid, Hkv, Dv] with one to three grid axes;
+        query head h reads key head h // (Hq // Hkv). Returns [B, *grid, Hq, Dv] and, with `return_lse`, the
+        natural-log LSE [B, *grid, Hq], differentiable too.
+    Units: radius in tokens, one number or one per axis; scale multiplies q.k and is D**-0.5 by default.
+    Numerics: logits and softmax in at least float32, result in q's dtype.
+    Raises: ValueError for arguments that do not fit each other; RuntimeError when a named backend cannot run
+        the call.
+    Source: position-aligned attention, arXiv:2602.06850, Eq. 2.
+    """
+    call = _check(q, k, v, radius, scale=scale, return_lse=return_lse)
+    chosen, _ = dispatch.resolve(OP, backend, call)
+    # The call's dtypes are settled; autocast must not change them inside.
+    with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
+        out, lse = chosen.run(call)
+    out = out.to(call.q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, radius: int | Sequence[int] = 0, *, backend: str = "auto", **options: Any
+) -> dispatch.Explanation:
+    """Say which backend `aligned_attention` with these arguments would use, how, and why."""
+    call = _check(q, k, v, radius, **options)
+    chosen, reason = dispatch.resolve(OP, backend, call)
+    return dispatch.Explanation(OP, chosen.name, chosen.configuration(call), reason)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    radius: int | Sequence[int],
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Call:
+    if not 4 <= q.ndim <= 6:
+        raise ValueError(f"q must be [B, one to three grid axes, H, D], found shape {tuple(q.shape)}")
+    if k.ndim != q.ndim or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have q's batch, grid and width {tuple(q.shape)}, found {tuple(k.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v must have k's batch, grid and heads {tuple(k.shape[:-1])}, found {tuple(v.shape)}"
+        )
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"q and v must have channels, found {tuple(q.shape)} and {tuple(v.shape)}")
+    heads, kv_heads, axes = q.shape[-2], k.shape[-2], q.ndim - 3
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"q's {heads} heads must be a multiple of k's {kv_heads} heads, and neither may be 0"
+        )
+    reach = tuple(radius) if isinstance(radius, Sequence) else (radius,) * axes
+    if len(reach) != axes or any(
+        isinstance(n, bool) or not hasattr(n, "__index__") or index(n) < 0 for n in reach
+    ):
+        raise ValueError(
+            f"radius must be a whole number >= 0, or one for each of {axes} axes, found {radius!r}"
+        )
+    # A key further away than the grid is long does not exist.
+    reach = tuple(min(index(n), max(length - 1, 0)) for n, length in zip(reach, q.shape[1:-2], strict=True))
+
+    dtype = q.dtype
+    if _autocasts(q) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
+        if x.dtype != q.dtype and dtype == q.dtype:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, found {x.dtype}")
+    if isinstance(scale, Tensor):
+        raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    return Call(q, k, v, reach, q.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+# Backends ---------------------------------------------------------------------------------------------------
+
+
+def _arguments(call: Call) -> tuple:
+    return call.q, call.k, call.v, call.radius, call.scale
+
+
+def _cpu_why_not(call: Call) -> str | None:
+    if call.q.device.type != "cpu":
+        return f"the tensors are on {call.q.device}"
+    # It writes into tensors of its own, which vmap does not see through.
+    return dispatch.why_not_opaque()
+
+
+dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "cpu",
+        run=lambda call: cpu.aligned_attention(*_arguments(call)),
+        why_not=_cpu_why_not,
+        configuration=lambda call: f"shifts within {call.radius}",
+    ),
+    dispatch.Backend(
+        "reference",
+        run=lambda call: reference.aligned_attention(*_arguments(call)),
+        why_not=lambda call: None,
+    ),
+)
