@@ -14,7 +14,7 @@ def build() -> object:
     """Build the typer application; imported late so that a shell completion stays fast."""
     import typer
 
-    from zoo.cli import models, recipes, weights
+    from zoo.cli import models, recipes, visualize, weights
 
     app = typer.Typer(
         name="zoo",
@@ -35,6 +35,7 @@ def build() -> object:
     app.command("predict")(recipes.predict)
     app.add_typer(recipes.recipes, name="recipes")
     app.add_typer(weights.weights, name="weights")
+    app.command("visualize")(visualize.visualize)
     app.command("doctor")(models.doctor)
     return app
 

@@ -1,0 +1,217 @@
+"""`zoo visualize`: pictures and a page of what a model attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+
+KINDS = ("attention", "query", "rollout", "relevance", "distance", "field")
+
+
+def visualize(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run folder or file of one, a zoo or a timm model name.")
+    ],
+    image: Annotated[str, typer.Argument(help="An image file, or digits:N for a held-out digit.")],
+    what: Annotated[
+        str, typer.Option(help=f"{', '.join(KINDS)}, several with commas, or all that the model allows.")
+    ] = "all",
+    block: Annotated[str | None, typer.Option(help="A block by name or number; the last by default.")] = None,
+    query: Annotated[str, typer.Option(help="down,right as fractions of the image, 0 to 1.")] = "0.5,0.5",
+    target: Annotated[
+        int | None, typer.Option(help="The class for relevance, by number; else the predicted one.")
+    ] = None,
+    html: Annotated[bool, typer.Option("--html", help="Also write one page with sliders.")] = False,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: shapes without a download.")
+    ] = False,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the image in pixels; else the model's own.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("attention"),
+) -> None:
+    """Draw what a model attends to: zoo visualize nat_digits digits:3 --html"""
+    from zoo.analysis.page import attention_page
+    from zoo.errors import ConfigError, ZooError, did_you_mean
+
+    kinds = list(KINDS) if what == "all" else [kind.strip() for kind in what.split(",")]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"unknown --what {kind!r}; use {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+    model, name, classes, settings = _load(source, random, size)
+    x = _prepare(image, settings)
+    scene = Scene(model, name, classes, x, _fractions(query), block, target)
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind in kinds:
+        try:
+            figure = scene.draw(kind)
+        except ZooError as error:
+            if what != "all":
+                raise
+            print(f"{kind}: {error}")
+            continue
+        written.append(output / f"{kind}.png")
+        figure.savefig(written[-1], dpi=110)
+    if html:
+        page = attention_page(
+            x[0],
+            scene.blocks,
+            query=scene.query,
+            start=scene.block.name,
+            layers=dict(scene.layers()),
+            title=scene.title("attention"),
+        )
+        written.append(output / "attention.html")
+        written[-1].write_text(page, encoding="utf-8")
+    print(f"{scene.title('looked at')}: {', '.join(map(str, written)) or 'nothing could be drawn'}")
+
+
+class Scene:
+    """One model, one image, and what is drawn of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        classes: list[str],
+        x: Tensor,
+        query: tuple[float, float],
+        block: str | None,
+        target: int | None,
+    ) -> None:
+        from zoo.analysis.maps import choose_block, predictions
+
+        self.model, self.name, self.x, self.query = model, name, x, query
+        shares, self.blocks = predictions(model, x)
+        self.block = choose_block(self.blocks, block)
+        self.one_block = block is not None
+        self.target = int(shares[0].argmax()) if target is None else target
+        known = 0 <= self.target < len(classes)
+        self.class_name = classes[self.target] if known else f"class {self.target}"
+        self.share = float(shares[0, self.target]) if 0 <= self.target < shares.shape[1] else float("nan")
+
+    def title(self, what: str) -> str:
+        """One line above a picture."""
+        return f"{self.name}, {what}; says {self.class_name} with {self.share:.0%}"
+
+    def draw(self, kind: str) -> Figure:
+        """The figure of one kind. Raises ZooError where the model does not allow it."""
+        from zoo import analysis
+        from zoo.analysis.tokens import GroupAttention
+
+        image = self.x[0]
+        if kind == "attention":
+            if isinstance(self.block, GroupAttention):
+                return analysis.draw_query(image, [analysis.query_view(self.block, self.query)])
+            return analysis.draw_maps(image, self.block, query=self.query)
+        if kind == "query":
+            chosen = [self.block] if self.one_block else _spread(list(self.blocks.values()), 3)
+            views = [analysis.query_view(block, self.query) for block in chosen]
+            return analysis.draw_query(image, views, title=f"{self.name}: what one query sees, mean of heads")
+        if kind == "distance":
+            return analysis.draw_statistics(
+                analysis.head_statistics(self.model, self.x), title=f"{self.name}: one point for each head"
+            )
+        if kind == "field":
+            return analysis.draw_field(
+                analysis.effective_receptive_field(self.model, self.x),
+                title=f"{self.name}: effective receptive field of the last stage's centre",
+            )
+        name = f"{self.name}: {kind}" + (f" for {self.class_name}" if kind == "relevance" else "")
+        label = {"rollout": "share of the output", "relevance": "relevance"}[kind]
+        return analysis.draw_heat(image, self.maps[kind]()[0], title=name, label=label)
+
+    @property
+    def maps(self) -> dict[str, Callable[[], Tensor]]:
+        """Maps of the whole model, by name."""
+        from zoo import analysis
+
+        return {
+            "rollout": lambda: analysis.attention_rollout(self.model, self.x),
+            "relevance": lambda: analysis.gradient_relevance(self.model, self.x, target=self.target),
+        }
+
+    def layers(self) -> Iterator[tuple[str, Tensor]]:
+        """The maps that this model allows."""
+        from zoo.errors import ZooError
+
+        for name, function in self.maps.items():
+            try:
+                yield name, function()[0]
+            except ZooError:
+                continue
+
+
+def _load(source: str, random: bool, size: int | None) -> tuple[nn.Module, str, list[str], Any]:
+    """Model, its name, its classes' names, and the settings of its images."""
+    import dataclasses
+
+    import timm
+
+    from zoo import create_model, list_models
+    from zoo.recipes.data.transforms import InputSettings
+    from zoo.recipes.run_folder import load_trained
+
+    ours = source in list_models()
+    if not ours and timm.is_model(source):
+        options = {} if size is None else {"img_size": size}
+        model = timm.create_model(source, pretrained=not random, **options)
+        name, classes, settings = source, [], InputSettings.of(model)
+    elif ours and random:
+        model = create_model(source)
+        name, classes, settings = source, [], InputSettings.of(model)
+    else:
+        trained = load_trained(source)
+        model, name, classes, settings = trained.model, trained.name, trained.classes, trained.settings
+    if size is not None:
+        settings = dataclasses.replace(settings, size=(settings.size[0], size, size))
+    return model.eval(), name + (" with random weights" if random else ""), list(classes), settings
+
+
+def _prepare(image: str, settings: Any) -> Tensor:
+    """The image as the model wants it, [1, C, height, width]."""
+    from zoo.errors import DataError
+    from zoo.recipes.data.images import read_image
+    from zoo.recipes.data.transforms import eval_transform
+
+    kind, _, number = image.partition(":")
+    if kind == "digits" and not Path(image).exists():
+        from zoo.recipes.data.digits import Digits
+
+        digits = Digits(train=False)
+        if not number.isdigit() or int(number) >= len(digits):
+            raise DataError(f"digits:N needs a number from 0 to {len(digits) - 1}, found {image!r}")
+        loaded = digits.load(int(number))
+    else:
+        loaded = read_image(image)
+    return eval_transform(settings)(loaded)[None]
+
+
+def _fractions(text: str) -> tuple[float, float]:
+    from zoo.errors import ConfigError
+
+    parts = text.split(",")
+    try:
+        down, right = (float(part) for part in parts)
+    except ValueError:
+        raise ConfigError(
+            f"--query must be down,right as fractions such as 0.4,0.5, found {text!r}"
+        ) from None
+    if not (0 <= down <= 1 and 0 <= right <= 1):
+        raise ConfigError(f"--query must be two fractions between 0 and 1 (down,right), found {text!r}")
+    return down, right
+
+
+def _spread(items: list, most: int) -> list:
+    """At most that many items, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
