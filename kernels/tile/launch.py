@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def tile_size(wanted: int, tokens: int) -> int:
 def config_of(kernel: str, q: Tensor, v: Tensor) -> Config:
     """The tile size and launch options of a kernel for these tensors on their device."""
     width = max(_padded(q.shape[-1]), _padded(v.shape[-1]))
-    return choose(kernel, _architecture(), width, q.element_size())
+    return choose(kernel, _architecture(q.device), width, q.element_size())
 
 
 def forward(
@@ -183,8 +184,9 @@ def dense_rows(x: Tensor) -> Tensor:
 def launch(kernel: Any, programs: int, config: Config, q: Tensor, *args: Any, **constants: Any) -> None:
     """Start so many programs on q's device, none if there is nothing to do."""
     if programs:
+        options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            kernel[(programs,)](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+            kernel[(programs,)](*args, **constants, **options)
 
 
 def _padded(width: int) -> int:
@@ -195,12 +197,17 @@ def _sums(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _architecture() -> str:
+@cache
+def _architecture(device: torch.device) -> str:
     """As the tables are named: sm_90, gfx942."""
     if interpreted():
         return "sm_90"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+    if device.type != "cuda":  # kernels are compiled for a GPU that is not there
+        target = triton.runtime.driver.active.get_current_target()
+        return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def interpreted() -> bool:
