@@ -20,18 +20,18 @@ _PUBLISHED = (
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
 _TOWER = "vision_tower."
+# Microsoft's own names (proj, conv1.fn.dw, window_attn.fn ...) and those of the transformers library.
 _FLORENCE = (
-    (r"^convs\.0\.proj\.", "stem.conv."),
+    (r"^convs\.0\.(?:proj|conv)\.", "stem.conv."),
     (r"^convs\.0\.norm\.", "stem.norm."),
-    (r"^convs\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
+    (r"^convs\.(\d+)\.(?:proj|conv)\.", r"stages.\1.downsample.conv."),
     (r"^convs\.(\d+)\.norm\.", r"stages.\1.downsample.norm."),
     (r"^blocks\.(\d+)\.", r"stages.\1.blocks."),
-    (r"\.conv1\.fn\.dw\.", ".cpe1.proj."),
-    (r"\.conv2\.fn\.dw\.", ".cpe2.proj."),
+    (r"\.conv([12])(?:\.fn\.dw)?\.", r".cpe\1.proj."),
     (r"\.(?:window|channel)_attn\.norm\.", ".norm1."),
-    (r"\.(?:window|channel)_attn\.fn\.", ".attn."),
+    (r"\.(?:window|channel)_attn(?:\.fn)?\.", ".attn."),
     (r"\.ffn\.norm\.", ".norm2."),
-    (r"\.ffn\.fn\.net\.", ".mlp."),
+    (r"\.ffn(?:\.fn\.net)?\.", ".mlp."),
 )
 
 
@@ -41,10 +41,13 @@ def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Of a Florence-2 file only the image tower is taken. It ends without a norm, so that of the model, which
     follows the pooling, starts as one.
     """
-    if any(key.startswith(_TOWER) for key in state):
-        state = {key.removeprefix(_TOWER): value for key, value in state.items() if key.startswith(_TOWER)}
-    if "convs.0.proj.weight" in state:
-        return _renamed(state, _FLORENCE) | _fresh_norm(state)
+    tower = {key.partition(_TOWER)[2]: value for key, value in state.items() if _TOWER in key}
+    state = tower or state
+    if "convs.0.norm.weight" in state:
+        state = {key: value for key, value in state.items() if key.startswith(("convs.", "blocks."))}
+        renamed = _renamed(state, _FLORENCE)
+        width = max(len(v) for key, v in renamed.items() if key.endswith("downsample.conv.bias"))
+        return renamed | {"head.norm.weight": torch.ones(width), "head.norm.bias": torch.zeros(width)}
     return _renamed(state, _PUBLISHED) if "patch_embeds.0.proj.weight" in state else state
 
 
@@ -55,10 +58,3 @@ def _renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> di
             key = re.sub(old, new, key)
         renamed[key] = value
     return renamed
-
-
-def _fresh_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A norm as wide as the last stage that has learned nothing."""
-    last = max(int(key.split(".")[1]) for key in state if key.startswith("convs."))
-    like = state[f"convs.{last}.proj.bias"]
-    return {"head.norm.weight": torch.ones_like(like), "head.norm.bias": torch.zeros_like(like)}
