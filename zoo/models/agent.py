@@ -721,9 +721,9 @@ _SWIN_MIXED = {**_SWIN_BASE, "stages": ("AA", "AA", "AA" + "B" * 16, "BB")}
 SWIN_ROWS = {
     "agent_swin_tiny": AgentConfig(),
     "agent_swin_small": AgentConfig(**_SWIN_SMALL),
-    "agent_swin_small_288": AgentConfig(**_SWIN_SMALL, input_size=288, window_size=9),
+    "agent_swin_small_288": AgentConfig(**_SWIN_SMALL, input_size=288, window_size=9, crop_pct=1.0),
     "agent_swin_base": AgentConfig(**_SWIN_MIXED),
-    "agent_swin_base_384": AgentConfig(**_SWIN_MIXED, input_size=384, window_size=12),
+    "agent_swin_base_384": AgentConfig(**_SWIN_MIXED, input_size=384, window_size=12, crop_pct=1.0),
     # For handwritten digits, tests and teaching: 8 x 8, 4 x 4 and 2 x 2 tokens, both kinds of blocks.
     "agent_digits": AgentConfig(
         dims=(24, 48, 96),
