@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.deformable.reference import displacements, query_points
+from zoo.kernels.deformable.reference import query_points
 
 PAIRS_AT_ONCE = 1 << 24  # queries times keys, heads and images: a large map is done in parts
 
@@ -16,7 +16,7 @@ def deformable_sample(x: Tensor, positions: Tensor) -> Tensor:
     batch, groups = positions.shape[:2]
     maps = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B * G, C / G, Y, X]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    taken = _grid_sample(maps.to(dtype), positions.to(dtype).flatten(0, 1)[:, None])[:, :, 0]
+    taken = _grid_sample(maps.to(dtype), positions.to(dtype).flip(-1).flatten(0, 1)[:, None])[:, :, 0]
     return taken.unflatten(0, (batch, groups)).permute(0, 3, 1, 2).flatten(2)
 
 
@@ -73,10 +73,12 @@ def _attend(
 
 def _relative_bias(table: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
     """The table [H, Ty, Tx] at the displacement of queries [Q, 2] from keys [B, G, N, 2]: [B, H, Q, N]."""
+    # Halved and put in order while they are few, so that the large tensor is written once. The batch goes
+    # with the queries, so that the table is not repeated for it.
     batch, groups = positions.shape[:2]
-    apart = displacements(queries, positions)  # [B, G, Q, N, 2]
-    # The batch goes with the queries, so that the table is not repeated for it.
-    bias = _grid_sample(table.unflatten(0, (groups, -1)), apart.transpose(0, 1).flatten(1, 2))
+    queries, keys = queries.flip(-1) / 2, positions.flip(-1).transpose(0, 1) / 2
+    apart = queries[:, None] - keys[:, :, None]  # [G, B, Q, N, 2], column first
+    bias = _grid_sample(table.unflatten(0, (groups, -1)), apart.flatten(1, 2))
     return bias.flatten(0, 1).unflatten(1, (batch, len(queries))).transpose(0, 1)
 
 
@@ -85,5 +87,5 @@ def _cat(parts: tuple[Tensor | None, ...]) -> Tensor | None:
 
 
 def _grid_sample(maps: Tensor, positions: Tensor) -> Tensor:
-    """Bilinear samples of [M, C, Y, X] at [M, Q, N, 2] in (row, column): [M, C, Q, N]."""
-    return F.grid_sample(maps, positions.flip(-1), mode="bilinear", padding_mode="zeros", align_corners=True)
+    """Bilinear samples of [M, C, Y, X] at [M, Q, N, 2] in (column, row): [M, C, Q, N]."""
+    return F.grid_sample(maps, positions, mode="bilinear", padding_mode="zeros", align_corners=True)
