@@ -24,6 +24,19 @@ except ModuleNotFoundError as error:
 from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites
 from zoo.diffusion.layout import TokenLayout
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
+from zoo.diffusion.pka import (
+    ConditionCache,
+    PKAConfig,
+    apply_group_mask,
+    apply_pka,
+    csas_timesteps,
+    find_keywords,
+    group_attention,
+    keyword_routing,
+    pka_attention,
+    relation_mask,
+    relation_pairs,
+)
 from zoo.diffusion.radial import (
     RadialConfig,
     apply_radial_attention,
@@ -33,20 +46,31 @@ from zoo.diffusion.radial import (
 
 __all__ = [
     "Comparison",
+    "ConditionCache",
     "Handle",
     "NeighborhoodConfig",
+    "PKAConfig",
     "RadialConfig",
     "Stats",
     "Support",
     "TokenLayout",
+    "apply_group_mask",
     "apply_neighborhood",
+    "apply_pka",
     "apply_radial_attention",
+    "csas_timesteps",
+    "find_keywords",
+    "group_attention",
+    "keyword_routing",
+    "pka_attention",
     "radial_block_mask",
     "radial_token_mask",
+    "relation_mask",
+    "relation_pairs",
     "supported",
 ]
 
-METHODS = ("neighborhood", "radial")
+METHODS = ("neighborhood", "radial", "pka")
 
 
 @dataclass(frozen=True)

@@ -421,7 +421,7 @@ def ltx_project(
 ADAPTERS = (
     Adapter(
         model=FluxTransformer2DModel,
-        methods=frozenset({"neighborhood"}),
+        methods=frozenset({"neighborhood", "pka"}),
         stock=(FluxAttnProcessor,),
         axes=2,
         layers=layers_of("transformer_blocks.attn", "single_transformer_blocks.attn"),

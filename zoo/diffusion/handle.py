@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -23,24 +23,28 @@ from zoo.errors import ConfigError, did_you_mean
 PLANS = 16  # geometries of which a handle keeps the plan
 
 
-class Config(Protocol):
-    """What a handle asks of a method's settings."""
+class Config:
+    """What a handle asks of a method's settings; a frozen dataclass of each method is one."""
 
     def check(self, axes: int) -> None:
         """Raise ConfigError for settings that do not suit a token grid of so many axes."""
-        ...
+        raise NotImplementedError
+
+    def layout(self, adapter: Adapter, model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+        """Where the tokens of this forward lie."""
+        return adapter.layout(model, arguments)
 
     def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> Any:
         """Say what is seen of `text` text tokens (no padding) and the image; None: everything by all."""
-        ...
+        raise NotImplementedError
 
     def pairs(self, layout: TokenLayout, text: int, plan: Any) -> int:
         """Query-key pairs that one head computes."""
-        ...
+        raise NotImplementedError
 
     def chosen_backend(self, query: Tensor, key: Tensor, layout: TokenLayout, plan: Any) -> str:
         """Name of the backend for a joint sequence [B, N, H, D] of this type and device."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +65,13 @@ class Group:
 class State:
     """What the processors of one handle read; a step number would recompile the model at every step.
 
-    `errors` is None but while the handle compares with dense attention.
+    `call` numbers the calls of one step, which guidance may make several of; `errors` is None but while the
+    handle compares with dense attention.
     """
 
     sparse: bool = False
+    is_first_step: bool = True
+    call: int = 0
     layout: TokenLayout | None = None
     groups: tuple[Group, ...] = ()
     errors: dict[str, float] | None = None
@@ -328,7 +335,7 @@ class Handle:
                     "the handle before changing processors"
                 )
         arguments = inspect.signature(type(site.model).forward).bind(site.model, *args, **kwargs).arguments
-        layout = site.adapter.layout(site.model, arguments)
+        layout = self.config.layout(site.adapter, site.model, arguments)
         hidden_states = arguments["hidden_states"]
         groups = self._groups(site.adapter, layout, arguments, hidden_states.device)
         if self._forced is None:
@@ -376,11 +383,13 @@ class Handle:
         """
         now = float(torch.as_tensor(timestep).detach().max())
         now = -now if rises else now
+        self._state.call = self._state.call + 1 if now == self._timestep else 0
         if now > self._timestep:
             self._step = 0
         elif now < self._timestep:
             self._step += 1
         self._timestep = now
+        self._state.is_first_step = self._step == 0
 
     def _count_work(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> None:
         """Count here, not in the processors: a counter there would recompile the model at every step."""

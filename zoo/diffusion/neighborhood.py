@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo import ops
 from zoo.diffusion.adapters import Adapter
-from zoo.diffusion.handle import Handle, Processor, apply, check_backend
+from zoo.diffusion.handle import Config, Handle, Processor, apply, check_backend
 from zoo.diffusion.layout import TokenLayout
 from zoo.errors import ConfigError
 
@@ -23,7 +23,7 @@ Window = dict[str, tuple[int, ...]]  # grid, kernel_size, dilation and stride, c
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighborhoodConfig:
+class NeighborhoodConfig(Config):
     """Kernel size, dilation and stride in tokens: one number for all axes of the grid, or one per axis."""
 
     kernel_size: int | tuple[int, ...]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo import ops
 from zoo.diffusion.adapters import Adapter
-from zoo.diffusion.handle import Handle, Processor, apply, check_backend
+from zoo.diffusion.handle import Config, Handle, Processor, apply, check_backend
 from zoo.diffusion.layout import TokenLayout
 from zoo.errors import ConfigError, did_you_mean
 
@@ -218,7 +218,7 @@ class RadialPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RadialConfig:
+class RadialConfig(Config):
     """The arguments of `radial_block_mask` that no geometry decides; `sink` None: as the model's family."""
 
     decay_factor: float = 1.0

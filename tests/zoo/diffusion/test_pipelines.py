@@ -1,0 +1,430 @@
+"""Every method on every pipeline that it supports, built offline at tiny size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
+
+from tiny_diffusion import (
+    COGVIDEOX,
+    FLUX,
+    HUNYUAN,
+    IMAGES,
+    LTX,
+    MOCHI,
+    QWEN,
+    SD3,
+    SD35,
+    VIDEOS,
+    WAN,
+    WAN22,
+    Tiny,
+    masked_sdpa,
+)
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from zoo import ConfigError, diffusion, ops
+
+# Mochi's own remark on its autocast to float32, which a CPU does not have.
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+
+RADIAL = {"block_size": 4, "decay_factor": 0.5, "decimation_threshold": 8}
+WINDOW = 3
+SINK = {"wan": True, "wan22": True}
+
+CASES = [
+    *(pytest.param("radial", tiny, id=f"radial-{tiny}") for tiny in VIDEOS),
+    *(pytest.param("neighborhood", tiny, id=f"neighborhood-{tiny}") for tiny in (*IMAGES, *VIDEOS)),
+]
+every = pytest.mark.parametrize(("method", "tiny"), CASES)
+
+
+def apply(method: str, target: Any, **kwargs: Any) -> diffusion.Handle:
+    if method == "radial":
+        return diffusion.apply_radial_attention(target, **{**RADIAL, **kwargs})
+    return diffusion.apply_neighborhood(target, **{"kernel_size": WINDOW, **kwargs})
+
+
+def apply_all_true(method: str, target: Any) -> diffusion.Handle:
+    settings = {"block_size": 4096} if method == "radial" else {"kernel_size": 99}
+    return apply(method, target, **settings)
+
+
+def image_mask(method: str, tiny: Tiny, grid: tuple[int, ...], text: int) -> Tensor:
+    """Who sees whom, bool [N, N] in the order [image, text]."""
+    image = torch.Size(grid).numel()
+    if method == "radial":
+        blocks = diffusion.radial_block_mask(
+            grid[0], image // grid[0], text_tokens=text, sink=SINK.get(tiny.name, False), **RADIAL
+        )
+        size = RADIAL["block_size"]
+        mask = blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)
+        return mask[: image + text, : image + text].clone()
+    mask = torch.ones(image + text, image + text, dtype=torch.bool)
+    mask[:image, :image] = False
+    sizes = [min(WINDOW, n) for n in grid]
+    axes = [i for i, n in enumerate(grid) if n > 1]
+    indices = ops.neighborhood_indices([grid[i] for i in axes], [sizes[i] for i in axes])
+    for query, keys in enumerate(indices):
+        mask[query, keys] = True
+    return mask
+
+
+def stock_under_mask(method: str, tiny: Tiny, grid: tuple[int, ...]) -> Any:
+    """The stock processors, with the expanded dense mask under their own."""
+    image = torch.Size(grid).numel()
+    full = image_mask(method, tiny, grid, tiny.text)
+
+    def mask_of(queries: int, keys: int) -> Tensor | None:
+        if queries != keys or queries < image:
+            return None  # cross-attention, or the refiner of the text
+        if queries == image:
+            return image_mask(method, tiny, grid, 0)
+        mask = full[:queries, :queries]  # fewer where a model drops padding, which comes last
+        return mask if tiny.text_last else mask.roll((tiny.text, tiny.text), (0, 1))
+
+    return masked_sdpa(mask_of)
+
+
+@torch.no_grad()
+def output(model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+    return model(**copy.deepcopy(inputs))[0]
+
+
+def transformers(pipe: Any) -> list[torch.nn.Module]:
+    return [m for m in (pipe.transformer, getattr(pipe, "transformer_2", None)) if m is not None]
+
+
+def processors(pipe: Any) -> list[object]:
+    return [m.processor for t in transformers(pipe) for m in t.modules() if hasattr(m, "processor")]
+
+
+def same(a: list[object], b: list[object]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+# Numbers ---------------------------------------------------------------------------------------------------
+
+
+@every
+def test_an_all_true_mask_is_bit_identical_and_remove_restores_the_very_same_objects(method, tiny):
+    pipe = tiny.pipe()
+    before, stock = processors(pipe), tiny.generate(pipe, steps=2)
+    handle = apply_all_true(method, pipe)
+    assert torch.equal(tiny.generate(pipe, steps=2), stock)
+    assert handle.stats().sparse_calls == 0 and handle.stats().calls > 0
+    handle.remove()
+    handle = apply(method, pipe)
+    assert not torch.equal(tiny.generate(pipe, steps=2), stock)
+    assert handle.stats().sparse_calls == handle.stats().calls
+    handle.remove()
+    assert same(processors(pipe), before)
+    assert not any(t._forward_pre_hooks for t in transformers(pipe))
+    assert torch.equal(tiny.generate(pipe, steps=2), stock)
+
+
+@every
+@pytest.mark.parametrize("guided", [False, True], ids=["no guidance", "guidance"])
+def test_a_sparse_generation_is_the_stock_one_under_the_expanded_mask(method, tiny, guided):
+    pipe, guidance = tiny.pipe(), tiny.guidance if guided else {}
+    grid = tiny.small
+    with stock_under_mask(method, tiny, grid):
+        wanted = tiny.generate(pipe, grid, steps=2, **guidance)
+    with apply(method, pipe) as handle:
+        found = tiny.generate(pipe, grid, steps=2, **guidance)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1)
+    assert handle.step == 1
+
+
+@every
+@pytest.mark.parametrize("grid", ["small", "odd", "one frame"])
+def test_a_sparse_forward_is_the_stock_one_under_the_expanded_mask(method, tiny, grid):
+    is_video = len(tiny.small) == 3
+    grids = {"small": tiny.small, "odd": (4, 3, 5) if is_video else (3, 7)}
+    grid = grids.get(grid, (1, 3, 5) if is_video else (1, 9))
+    model, inputs = tiny.build(), tiny.inputs(grid)  # a batch of 2, padded differently where there is a mask
+    with stock_under_mask(method, tiny, grid):
+        wanted = output(model, inputs)
+    with apply(method, model) as handle:
+        found = output(model, inputs)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1)
+    full = image_mask(method, tiny, grid, tiny.text)
+    assert (handle.stats().keep < 1) == (not bool(full.all()))
+
+
+@every
+def test_gradients_are_those_of_the_mask(method, tiny):
+    model, inputs = tiny.build(1), tiny.inputs(tiny.small)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(**copy.deepcopy(inputs))[0].square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with stock_under_mask(method, tiny, tiny.small):
+        wanted = gradients()
+    with apply(method, model):
+        found = gradients()
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("tiny", [HUNYUAN, MOCHI, QWEN], ids=repr)
+@pytest.mark.parametrize("kept", [(0, 0), (7, 0), (3, 3), (7, 7), (1, 6)], ids=str)
+def test_any_padding_of_the_prompts_is_left_out(tiny, kept):
+    method = "neighborhood" if tiny is QWEN else "radial"
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    name = next(name for name in inputs if name.endswith("_mask"))
+    inputs[name] = torch.arange(tiny.text) < torch.tensor(kept)[:, None]
+    if tiny is not QWEN and 0 in kept:
+        kept = tuple(max(n, 1) for n in kept)  # the models pool the prompt and divide by its length
+        inputs[name] = torch.arange(tiny.text) < torch.tensor(kept)[:, None]
+    with stock_under_mask(method, tiny, tiny.small):
+        wanted = output(model, inputs)
+    with apply(method, model):
+        found = output(model, inputs)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1)
+
+
+def test_padding_inside_a_prompt_of_qwen_is_left_out_as_well():
+    model, inputs = QWEN.build(), QWEN.inputs(QWEN.small)
+    inputs["encoder_hidden_states_mask"] = torch.tensor([[1, 0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1]]).bool()
+    with stock_under_mask("neighborhood", QWEN, QWEN.small):
+        wanted = output(model, inputs)
+    with apply("neighborhood", model):
+        assert (output(model, inputs) - wanted).abs().max() <= 1e-5
+
+
+# Steps, sizes, handles -------------------------------------------------------------------------------------
+
+
+@every
+def test_dense_steps_count_over_all_calls_and_transformers(method, tiny):
+    pipe = tiny.pipe()
+    stock = tiny.generate(pipe, steps=4, **tiny.guidance)
+    with apply(method, pipe, dense_steps=3) as handle:
+        first = tiny.generate(pipe, steps=4, **tiny.guidance)
+        stats = handle.stats()
+        assert handle.step == 3 and 0 < stats.sparse_calls <= stats.calls / 3
+        assert torch.equal(tiny.generate(pipe, steps=4, **tiny.guidance), first)
+    with apply(method, pipe, dense_steps=4):
+        assert torch.equal(tiny.generate(pipe, steps=4, **tiny.guidance), stock)
+    assert not torch.equal(first, stock)
+
+
+@every
+def test_two_sizes_in_a_row_are_as_each_alone(method, tiny):
+    pipe = tiny.pipe()
+    alone = []
+    for grid in (tiny.small, tiny.large):
+        with apply(method, pipe):
+            alone.append(tiny.generate(pipe, grid, steps=2))
+    with apply(method, pipe):
+        for _ in range(2):
+            for grid, wanted in zip((tiny.small, tiny.large), alone, strict=True):
+                assert torch.equal(tiny.generate(pipe, grid, steps=2), wanted)
+
+
+@pytest.mark.parametrize("tiny", [WAN, FLUX], ids=repr)
+def test_two_pipelines_keep_their_own_settings(tiny):
+    method = "radial" if tiny is WAN else "neighborhood"
+    settings = (
+        [{"block_size": 4}, {"block_size": 8}] if tiny is WAN else [{"kernel_size": 2}, {"kernel_size": 3}]
+    )
+    pipes, alone = [tiny.pipe(), tiny.pipe()], []
+    for pipe, setting in zip(pipes, settings, strict=True):
+        with apply(method, pipe, **setting):
+            alone.append(tiny.generate(pipe, steps=2))
+    with apply(method, pipes[0], **settings[0]), apply(method, pipes[1], **settings[1]):
+        for _ in range(2):
+            for pipe, wanted in zip(pipes, alone, strict=True):
+                assert torch.equal(tiny.generate(pipe, steps=2), wanted)
+
+
+@pytest.mark.parametrize("tiny", [WAN22, COGVIDEOX, SD3], ids=repr)
+def test_an_exception_in_mid_run_and_handles_left_in_the_wrong_order_restore_all(tiny):
+    method = "radial" if tiny in VIDEOS else "neighborhood"
+    pipe = tiny.pipe()
+    before, stock = processors(pipe), tiny.generate(pipe, steps=2)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), apply(method, pipe):
+        tiny.generate(pipe, steps=2, callback_on_step_end=interrupt)
+    assert same(processors(pipe), before) and torch.equal(tiny.generate(pipe, steps=2), stock)
+
+    # Two handles share a model where each leaves the other's layers alone; the first goes first.
+    layers = len(apply(method, pipe.transformer).layers)
+    apply_layers = [[i for i in range(layers) if i != keep] for keep in (0, 1)]
+    for module in pipe.transformer.modules():
+        if isinstance(getattr(module, "processor", None), diffusion.handle.Processor):
+            module.processor = before[0]
+    pipe = tiny.pipe()
+    before, stock = processors(pipe), tiny.generate(pipe, steps=2)
+    first, second = (apply(method, pipe.transformer, dense_layers=dense) for dense in apply_layers)
+    tiny.generate(pipe, steps=2)
+    first.remove()
+    tiny.generate(pipe, steps=2)
+    second.remove()
+    assert same(processors(pipe), before) and torch.equal(tiny.generate(pipe, steps=2), stock)
+
+
+def test_both_transformers_of_wan_22_are_changed_or_none():
+    pipe = WAN22.pipe()
+    before = processors(pipe)
+    pipe.transformer_2.blocks[1].attn1.processor = object()
+    with pytest.raises(ConfigError, match="blocks.1.attn1 must have a WanAttnProcessor, found a object"):
+        apply("radial", pipe)
+    pipe.transformer_2.blocks[1].attn1.processor = before[0]
+    assert not any(isinstance(p, diffusion.handle.Processor) for p in processors(pipe))
+    with apply("radial", pipe) as handle:
+        assert len(handle.layers) == 5
+
+
+def test_cross_attention_and_the_token_refiner_keep_their_processors():
+    for tiny, kept in ((WAN, "attn2"), (LTX, "attn2"), (HUNYUAN, "refiner")):
+        pipe = tiny.pipe()
+        before = pipe.transformer.attn_processors
+        with apply("radial", pipe):
+            for name, processor in pipe.transformer.attn_processors.items():
+                assert (processor is before[name]) == (kept in name), name
+
+
+# Beside the rest of diffusers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiny", [WAN, LTX, COGVIDEOX, SD3], ids=repr)
+def test_fused_projections_give_the_same_numbers(tiny):
+    method = "neighborhood" if tiny is SD3 else "radial"
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    with apply(method, model):
+        wanted = output(model, inputs)
+    model.fuse_qkv_projections()
+    stock = output(model, inputs)
+    with apply_all_true(method, model):
+        assert torch.equal(output(model, inputs), stock)
+    with apply(method, model):
+        torch.testing.assert_close(output(model, inputs), wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter_first", [True, False], ids=["LoRA first", "handle first"])
+@pytest.mark.parametrize("tiny", [WAN, HUNYUAN, MOCHI, SD35, QWEN], ids=repr)
+def test_lora_before_and_after_is_heeded(tiny, adapter_first):
+    peft = pytest.importorskip("peft", reason="pip install 'attnzoo[diffusion]'")
+    method = "radial" if tiny in VIDEOS else "neighborhood"
+    lora = peft.LoraConfig(
+        r=2, target_modules=["to_q", "to_k", "to_v", "add_q_proj"], init_lora_weights=False
+    )
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    with apply(method, model):
+        plain = output(model, inputs)
+    if adapter_first:
+        model.add_adapter(lora)
+    with apply(method, model):
+        if not adapter_first:
+            model.add_adapter(lora)
+        found = output(model, inputs)
+    with stock_under_mask(method, tiny, tiny.small):
+        wanted = output(model, inputs)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1)
+    assert (found - plain).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tiny", "kinds"), [(WAN, 1), (HUNYUAN, 2), (LTX, 1), (QWEN, 1)], ids=str)
+def test_compiled_blocks_have_one_graph_for_dense_and_one_for_sparse_steps(tiny, kinds):
+    method = "neighborhood" if tiny is QWEN else "radial"
+    inputs = [tiny.inputs(tiny.small, timestep=900.0 - 100 * n) for n in range(8)]
+
+    def graphs(dense_steps: int) -> tuple[int, list[Tensor]]:
+        torch.compiler.reset()
+        counter, model = CompileCounter(), tiny.build(1)
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        with apply(method, model, dense_steps=dense_steps):
+            found = [output(model, x) for x in inputs]
+        return counter.frame_count, found
+
+    dense, _ = graphs(dense_steps=8)
+    both, found = graphs(dense_steps=3)
+    assert both == dense + kinds  # one more for each kind of block with attention
+    model = tiny.build(1)
+    with apply(method, model, dense_steps=3):
+        for x, result in zip(inputs, found, strict=True):
+            assert (output(model, x) - result).abs().max() <= 1e-5
+
+
+# Reports ---------------------------------------------------------------------------------------------------
+
+
+@every
+def test_stats_count_the_pairs_of_the_mask(method, tiny):
+    pipe = tiny.pipe()
+    model = pipe.transformer
+    inputs = tiny.inputs(tiny.small, **({"padded": False} if tiny in (HUNYUAN, MOCHI, QWEN) else {}))
+    with apply(method, model) as handle:
+        output(model, inputs)
+    image = torch.Size(tiny.small).numel()
+    kept = dense = 0
+    for name in handle.layers:
+        text = 0 if name.endswith("attn2") else tiny.text
+        kept += int(image_mask(method, tiny, tiny.small, text).sum())
+        dense += (image + text) ** 2
+    assert handle.stats().keep == pytest.approx(kept / dense)
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    assert handle.stats().flops_saved == 4 * width * 2 * (dense - kept)
+    assert handle.stats().backend in {row.backend for row in ops.backends()}
+
+
+@every
+def test_compare_dense_measures_every_layer_and_the_output(method, tiny):
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    stock = output(model, inputs)
+    with apply(method, model, dense_steps=1) as handle:
+        first = output(model, inputs)
+        stats, step = handle.stats(), handle.step
+        comparison = handle.compare_dense(**inputs)
+        assert (handle.stats(), handle.step) == (stats, step)
+        assert torch.equal(output(model, inputs), first)  # still the dense step
+    with apply(method, model):
+        sparse = output(model, inputs)
+    assert comparison.output == pytest.approx(float((sparse - stock).norm() / stock.norm()), rel=1e-4)
+    assert tuple(comparison.layers) == handle.layers
+    assert all(0 < error < 2 for error in comparison.layers.values())
+    assert 0 < comparison.keep < 1
+
+
+def test_supported_names_every_method_for_every_pipeline():
+    for tiny in (*IMAGES, *VIDEOS):
+        report = diffusion.supported(tiny.pipe())
+        assert bool(report["neighborhood"]) and bool(report["radial"]) == (tiny in VIDEOS), tiny
+    assert "found FluxTransformer2DModel" in diffusion.supported(FLUX.pipe())["radial"].reason
+
+
+def refusal(inputs: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    inputs = dict(inputs)
+    change(inputs)
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("tiny", "change", "message"),
+    [
+        (QWEN, lambda x: x.update(img_shapes=[[(1, 5, 6), (1, 2, 2)]] * 2), "img_shapes .* one image"),
+        (LTX, lambda x: x.update(num_frames=None), "num_frames, height and width .* 80 tokens"),
+        (LTX, lambda x: x.update(height=5), r"found \(5, 5, 4\)"),
+    ],
+    ids=["reference image", "no frames", "other height"],
+)
+def test_a_geometry_that_cannot_be_read_is_refused(tiny, change, message):
+    model = tiny.build()
+    with apply("neighborhood", model), pytest.raises(ConfigError, match=message):
+        output(model, refusal(tiny.inputs(tiny.small), change))

@@ -1,0 +1,458 @@
+"""Position-aligned and keyword-scoped attention: the definition, its cost, and Flux with conditions."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
+
+from goldens import cases, golden
+from tiny_diffusion import build_flux, flux_inputs, masked_sdpa, noise
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo import ConfigError, diffusion
+from zoo.diffusion import TokenLayout, keyword_routing, pka_attention, relation_mask, relation_pairs
+
+LAYOUT = TokenLayout(text=5, grid=(3, 4), spatial=2, subjects=(4, 3))
+
+
+def tensors(layout: TokenLayout, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(batch, layout.tokens, 2, 6, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+def masks(layout: TokenLayout, batch: int = 2, share: float = 0.5) -> list[Tensor]:
+    return [torch.rand(batch, layout.image) < share for _ in layout.subjects]
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    mask = None if mask is None else mask[:, None]
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+# Layout ----------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_says_where_everything_lies():
+    layout = TokenLayout(text=11, grid=(3, 8), spatial=3, subjects=(12,))
+    assert (layout.image, layout.tokens) == (24, 11 + 4 * 24 + 12)
+    assert (layout.text_slice, layout.image_slice) == (slice(0, 11), slice(11, 35))
+    assert layout.spatial_slices == (slice(35, 59), slice(59, 83), slice(83, 107))
+    assert layout.subject_slices == (slice(107, 119),)
+    last = TokenLayout(text=2, grid=(3,), text_last=True)
+    assert (last.text_slice, last.image_slice) == (slice(3, 5), slice(0, 3))
+    x = torch.arange(5)[None]
+    text, image = last.split(x)
+    assert text.tolist() == [[3, 4]] and torch.equal(last.join(text, image), x)
+
+
+# Definition ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", cases("pka"))
+def test_it_is_the_stored_definition(path):
+    case, stored = golden().load_case(path)
+    args = case["args"]
+    stored = {name: x.transpose(1, 2) if x.ndim == 4 else x for name, x in stored.items()}
+    layout = TokenLayout(
+        args["text_tokens"], tuple(args["grid"]), args["num_spatial"], tuple(args["subject_tokens"])
+    )
+    routed = []
+    for number, words in enumerate(args["keyword_token_indices"]):
+        score, mask = keyword_routing(
+            stored["prev_query_image"], stored["prev_key_text"], words,
+            epsilon=args["epsilon"], norm=args["norm"], scale=args["scale"],
+        )  # fmt: skip
+        assert (score - stored[f"keyword_score_{number}"]).abs().max() <= 1e-5
+        assert torch.equal(mask, stored[f"keyword_mask_{number}"].bool())
+        routed.append(mask)
+    shape = case["mask"]["shape"]
+    packed = np.unpackbits(stored["mask_packed"].numpy())[: np.prod(shape)].reshape(shape).astype(bool)
+    mask = relation_mask(layout, routed=routed, paa_radius=args["paa_radius"], batch=args["batch"])
+    assert torch.equal(mask, torch.from_numpy(packed))
+    for combine in ("joint", "sum"):
+        out = pka_attention(
+            stored["query"], stored["key"], stored["value"], layout,
+            routed=routed, paa_radius=args["paa_radius"], combine=combine, scale=args["scale"],
+        )  # fmt: skip
+        assert (out - stored[f"out_{combine}"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("radius", [0, 1, 9])
+@pytest.mark.parametrize("text_to_condition", [False, True])
+def test_joint_is_dense_attention_under_the_mask_in_value_and_gradient(radius, text_to_condition):
+    query, key, value = tensors(LAYOUT)
+    routed = masks(LAYOUT)
+    settings = {"routed": routed, "paa_radius": radius, "text_to_condition": text_to_condition}
+    mask = relation_mask(LAYOUT, batch=2, **settings)
+    found, wanted = pka_attention(query, key, value, LAYOUT, **settings), sdpa(query, key, value, mask)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(
+        torch.autograd.grad(found.sin().sum(), (query, key, value)),
+        torch.autograd.grad(wanted.sin().sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_sum_adds_branches_with_a_softmax_each(share):
+    layout = TokenLayout(text=5, grid=(3, 4), spatial=1, subjects=(4,))
+    query, key, value = tensors(layout)
+    routed = masks(layout, share=share)
+    found = pka_attention(query, key, value, layout, routed=routed, combine="sum")
+    base, image = slice(0, 17), layout.image_slice
+    plain = sdpa(query[:, image], key[:, base], value[:, base])
+    (spatial,), (subject,) = layout.spatial_slices, layout.subject_slices
+    own = sdpa(query[:, image], key[:, subject], value[:, subject]) * routed[0][..., None, None]
+    torch.testing.assert_close(found[:, image], plain + value[:, spatial] + own)
+    joint = pka_attention(query, key, value, layout, routed=routed)
+    rest = [i for i in range(layout.tokens) if not image.start <= i < image.stop]
+    torch.testing.assert_close(found[:, rest], joint[:, rest])
+
+
+def test_the_printed_alignment_ignores_the_query():
+    layout = TokenLayout(text=2, grid=(3,), spatial=1)
+    query, key, value = tensors(layout)
+    with_condition = pka_attention(query, key, value, layout, routed=[], combine="sum")[:, layout.image_slice]
+    base = sdpa(query[:, layout.image_slice], key[:, :5], value[:, :5])
+    torch.testing.assert_close(with_condition - base, value[:, layout.spatial_slices[0]])
+    (gradient,) = torch.autograd.grad((with_condition - base).sum(), query)
+    assert gradient.abs().max() <= 1e-12
+
+
+def test_conditions_see_themselves_and_are_seen_in_place():
+    layout = TokenLayout(text=5, grid=(3, 4), spatial=1, subjects=(4,))
+    query, key, value = tensors(layout)
+    routed = masks(layout)
+    call = lambda *x: pka_attention(*x, layout, routed=routed)  # noqa: E731
+    before = call(query, key, value)
+    base = slice(0, layout.text + layout.image)
+
+    changed = [x.detach().clone() for x in (query, key, value)]
+    for x in changed:
+        x[:, base] += 1
+    torch.testing.assert_close(call(*changed)[:, base.stop :], before[:, base.stop :])
+
+    place = 7
+    changed = [x.detach().clone() for x in (query, key, value)]
+    for x in changed[1:]:
+        x[:, layout.spatial_slices[0].start + place] += 1
+    apart = (call(*changed) - before)[:, layout.image_slice].abs().amax(dim=(0, 2, 3))
+    assert apart[place] > 1e-3 and apart.sum() == apart[place]
+
+    swapped = TokenLayout(text=5, grid=(3, 4), spatial=2)
+    x = tensors(swapped)
+    first, second = swapped.spatial_slices
+    order = torch.cat([torch.arange(17), torch.arange(second.start, second.stop), torch.arange(17, 29)])
+    torch.testing.assert_close(
+        pka_attention(*(y[:, order] for y in x), swapped, routed=[])[:, base],
+        pka_attention(*x, swapped, routed=[])[:, base],
+    )
+    assert first.stop == second.start
+
+
+def test_a_query_without_conditions_gives_the_same_rows():
+    query, key, value = tensors(LAYOUT)
+    routed, base = masks(LAYOUT), LAYOUT.text + LAYOUT.image
+    whole = pka_attention(query, key, value, LAYOUT, routed=routed)
+    torch.testing.assert_close(
+        pka_attention(query[:, :base], key, value, LAYOUT, routed=routed), whole[:, :base]
+    )
+
+
+def test_it_compiles_without_knowing_how_many_rows_are_routed():
+    query, key, value = (x.detach().float() for x in tensors(LAYOUT))
+    routed = masks(LAYOUT)
+    call = torch.compile(pka_attention, fullgraph=True, backend="eager")
+    wanted = pka_attention(query, key, value, LAYOUT, routed=routed)
+    torch.testing.assert_close(call(query, key, value, LAYOUT, routed=routed), wanted)
+
+
+@pytest.mark.parametrize("combine", ["joint", "sum"])
+def test_half_precision_stays_near(combine):
+    query, key, value = (x.detach() for x in tensors(LAYOUT))
+    routed = masks(LAYOUT)
+    truth = pka_attention(query, key, value, LAYOUT, routed=routed, combine=combine)
+    low = [x.bfloat16() for x in (query, key, value)]
+    found = pka_attention(*low, LAYOUT, routed=routed, combine=combine)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - truth).abs().max() <= 0.05 * truth.abs().max()
+
+
+# Cost ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relation", ["pka", "omini", "easycontrol", "unicombine"])
+@pytest.mark.parametrize("radius", [0, 1])
+def test_pairs_are_those_of_the_mask_and_grow_linearly_with_the_conditions(relation, radius):
+    counts = []
+    for number in range(1, 6):
+        layout = TokenLayout(text=5, grid=(3, 4), spatial=number, subjects=(4,) * number)
+        routed = masks(layout, batch=1)
+        mask = relation_mask(layout, relation, routed=routed, paa_radius=radius)
+        rows = [int(x.sum()) for x in routed]
+        assert relation_pairs(layout, relation, routed=rows, paa_radius=radius) == int(mask.sum())
+        counts.append(relation_pairs(layout, relation, paa_radius=radius))
+    steps = {b - a for a, b in pairwise(counts)}
+    assert len(steps) == 1
+
+
+def test_products_grow_linearly_with_the_conditions_too():
+    flops = []
+    for number in (2, 4, 6, 8):
+        layout = TokenLayout(text=4, grid=(4, 4), spatial=number)
+        query, key, value = (x.detach() for x in tensors(layout))
+        with FlopCounterMode(display=False) as counter:
+            pka_attention(query, key, value, layout, routed=[])
+        flops.append(counter.get_total_flops())
+    steps = [b - a for a, b in pairwise(flops)]
+    assert max(steps) == min(steps)
+
+
+@pytest.mark.parametrize("relation", ["omini", "easycontrol", "unicombine"])
+def test_other_relations_are_dense_attention_under_their_masks(relation):
+    query, key, value = tensors(LAYOUT)
+    found = diffusion.group_attention(query, key, value, LAYOUT, relation=relation)
+    mask = relation_mask(LAYOUT, relation, batch=2)
+    torch.testing.assert_close(found, sdpa(query, key, value, mask))
+
+
+# Routing, cache, sampling ----------------------------------------------------------------------------------
+
+
+def test_epsilon_zero_and_equal_scores_route_everything():
+    query, key = torch.randn(2, 6, 2, 4), torch.randn(2, 5, 2, 4)
+    for norm in ("minmax", "softmax_max"):
+        score, routed = keyword_routing(query, key, [1, 3], epsilon=0, norm=norm)
+        assert routed.all() and score.min() >= 0 and score.max() == 1
+        assert keyword_routing(query[:, :1].expand(-1, 6, -1, -1), key, [2], epsilon=1, norm=norm)[1].all()
+    few = keyword_routing(query, key, [1], epsilon=0.8)[1].sum()
+    assert 2 <= few < keyword_routing(query, key, [1], epsilon=0.2)[1].sum()
+    assert not keyword_routing(query.requires_grad_(), key, [1])[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keyword_indices": [5]}, r"0..4, found \[5\]"),
+        ({"keyword_indices": []}, "found \\[\\]"),
+        ({"epsilon": 1.5}, "epsilon .* found 1.5"),
+        ({"norm": "minmaks"}, "'minmaks'; did you mean minmax"),
+    ],
+    ids=str,
+)
+def test_wrong_routing_is_refused(change, message):
+    arguments = {"keyword_indices": [1], **change}
+    with pytest.raises(ConfigError, match=message):
+        keyword_routing(torch.randn(1, 6, 2, 4), torch.randn(1, 5, 2, 4), **arguments)
+
+
+def test_words_are_found_with_all_their_tokens():
+    pytest.importorskip("tokenizers")
+
+    class Words:
+        is_fast = True
+
+        def __call__(self, text: str, **kwargs: bool) -> dict:
+            spans = [(0, 0)]  # begin
+            for start in range(0, len(text), 4):  # tokens of four letters: sub-words
+                spans.append((start, min(start + 4, len(text))))
+            return {"offset_mapping": [*spans, (0, 0)]}
+
+    prompt = "a small Bicycle by the sea"
+    (found,) = diffusion.find_keywords(Words(), prompt, ["bicycle"])
+    assert found == [3, 4]  # letters 8..15
+    with pytest.raises(ConfigError, match="'boat'"):
+        diffusion.find_keywords(Words(), prompt, ["boat"])
+    with pytest.raises(ConfigError, match="fast tokenizer, found object"):
+        diffusion.find_keywords(object(), prompt, ["sea"])
+
+
+def test_a_cache_is_exact_where_conditions_know_no_time_and_refused_where_they_do():
+    layout = TokenLayout(text=3, grid=(2, 3), spatial=1, subjects=(4,))
+    base = layout.text + layout.image
+    cache, made = diffusion.ConditionCache(), []
+
+    def condition(time: float) -> tuple[Tensor, Tensor]:
+        made.append(time)
+        return noise(1, 10, 2, 6, seed=1) * time, noise(1, 10, 2, 6, seed=2) * time
+
+    for step in range(4):
+        query, key, value = (noise(1, base, 2, 6, seed=10 * step + i) for i in range(3))
+        cached = cache.get("layer", lambda: condition(1.0))
+        fresh = condition(1.0)
+        found, wanted = (
+            pka_attention(query, torch.cat([key, k], 1), torch.cat([value, v], 1), layout, routed=[None])
+            for k, v in (cached, fresh)
+        )
+        assert torch.equal(found, wanted)
+    assert len(made) == 4 + 2  # fresh ones at every step, cached ones twice
+    cache.reset()
+    cache.get("layer", lambda: condition(1.0))
+    with pytest.raises(ConfigError, match="layer must not depend on time"):
+        cache.get("layer", lambda: condition(0.9))
+
+
+def test_times_lean_to_noise():
+    t = diffusion.csas_timesteps(200_000, generator=torch.Generator().manual_seed(0))
+    assert t.mean() == pytest.approx(0.588, abs=0.003)
+    assert (t > 0.5).float().mean() == pytest.approx(0.631, abs=0.004)
+    assert (t > 0.9).float().mean() == pytest.approx(0.129, abs=0.003)
+    plain = diffusion.csas_timesteps(200_000, mean=0.0, std=1.0, generator=torch.Generator().manual_seed(0))
+    assert plain.mean() == pytest.approx(0.5, abs=0.003)
+    assert t.min() > 0 and t.max() < 1
+
+
+# Flux ------------------------------------------------------------------------------------------------------
+
+
+def conditioned(
+    grid: tuple[int, int] = (3, 4), lengths: tuple[int, ...] = (12, 5), timestep: float = 0.9
+) -> dict:
+    inputs = flux_inputs(grid, timestep=timestep)
+    parts, ids = [inputs["hidden_states"]], [inputs["img_ids"]]
+    for number, length in enumerate(lengths, start=1):
+        parts.append(noise(2, length, 4, seed=number))
+        place = torch.arange(length)
+        ids.append(torch.stack([torch.full((length,), number), place // 4, place % 4], dim=-1).float())
+    return {**inputs, "hidden_states": torch.cat(parts, dim=1), "img_ids": torch.cat(ids)}
+
+
+@torch.no_grad()
+def output(model: torch.nn.Module, inputs: dict, mask: Tensor | None = None) -> Tensor:
+    with masked_sdpa(lambda *_: None if mask is None else mask[:, None]):
+        return model(**inputs)[0]
+
+
+KINDS = ("spatial", "subject")
+
+
+def test_flux_with_everything_routed_is_the_stock_model_under_the_mask():
+    model, layout = build_flux(), TokenLayout(7, (3, 4), 1, (5,))
+    for relation in ("omini", "unicombine"):
+        wanted = output(model, conditioned(), relation_mask(layout, relation))
+        with diffusion.apply_group_mask(model, relation, conditions=KINDS) as handle:
+            assert (output(model, conditioned()) - wanted).abs().max() <= 1e-5
+        assert handle.stats().keep == pytest.approx(relation_pairs(layout, relation) / layout.tokens**2)
+    stock = output(model, conditioned())
+    wanted = output(model, conditioned(), relation_mask(layout, paa_radius=1))
+    with diffusion.apply_pka(model, conditions=KINDS, keywords=[[2]], epsilon=0, paa_radius=1) as handle:
+        output(model, conditioned(timestep=0.95))
+        assert (output(model, conditioned()) - wanted).abs().max() <= 1e-5  # by the masks of the first step
+    assert torch.equal(output(model, conditioned()), stock)
+    assert handle.stats().keep == pytest.approx(relation_pairs(layout, paa_radius=1) / layout.tokens**2)
+
+
+@pytest.mark.parametrize("refresh", ["every", "once"])
+def test_the_mask_of_a_step_is_that_of_the_step_before_or_the_first(refresh):
+    model = build_flux(1)
+    layout, words = TokenLayout(7, (3, 4), 1, (5,)), [2, 3]
+    del model.single_transformer_blocks[:]  # one layer, so that its inputs depend on no mask
+    times = (0.9, 0.6, 0.3, 0.95, 0.5)  # the fourth begins a new generation
+    attn = model.transformer_blocks[0].attn
+
+    def routed_at(timestep: float) -> Tensor:
+        seen = {}
+        original = functional.scaled_dot_product_attention
+
+        def look(*, query: Tensor, key: Tensor, **kwargs: object) -> Tensor:
+            seen.update(query=query.transpose(1, 2), key=key.transpose(1, 2))
+            return original(query=query, key=key, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(functional, "scaled_dot_product_attention", look)
+            model(**conditioned(timestep=timestep))
+        image, text = seen["query"][:, layout.image_slice], seen["key"][:, layout.text_slice]
+        return keyword_routing(image, text, words, epsilon=0.5)[1]
+
+    with torch.no_grad():
+        masks = {timestep: routed_at(timestep) for timestep in times}
+    before = {"every": (None, 0.9, 0.6, None, 0.95), "once": (None, 0.9, 0.9, None, 0.95)}[refresh]
+    wanted = []
+    for timestep, source in zip(times, before, strict=True):
+        mask = relation_mask(layout, routed=[None if source is None else masks[source]], batch=2)
+        wanted.append(output(model, conditioned(timestep=timestep), mask))
+    stock = attn.processor
+    with diffusion.apply_pka(model, conditions=KINDS, keywords=[words], epsilon=0.5, refresh=refresh):
+        for timestep, result in zip(times, wanted, strict=True):
+            found = output(model, conditioned(timestep=timestep))
+            assert (found - result).abs().max() <= 1e-5
+    assert attn.processor is stock
+    assert not torch.equal(masks[0.9], masks[0.6])
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_call_without_the_prompt_sees_all_or_shares_the_routing(share):
+    model, layout = build_flux(1), TokenLayout(7, (3, 4), 1, (5,))
+    del model.single_transformer_blocks[:]
+    settings = {"conditions": KINDS, "keywords": [[2]], "epsilon": 0.9, "share_routing": share}
+    full = output(model, conditioned(timestep=0.5), relation_mask(layout))
+    with diffusion.apply_pka(model, **settings):
+        for timestep in (0.9, 0.9, 0.5):
+            found = output(model, conditioned(timestep=timestep))
+        without = output(model, conditioned(timestep=0.5))
+    assert (found - full).abs().max() > 1e-4
+    assert torch.equal(without, found) if share else (without - full).abs().max() <= 1e-5
+
+
+def test_sizes_and_conditions_may_change_and_a_second_generation_equals_the_first():
+    model = build_flux()
+    with diffusion.apply_pka(model, conditions=KINDS, keywords=[[2]], epsilon=0.5):
+        runs = [
+            [output(model, conditioned(grid, (12, 5 + i), t)) for t in (0.9, 0.5)]
+            for i, grid in enumerate([(3, 4), (4, 3), (3, 4)])
+        ]
+        again = [output(model, conditioned((3, 4), (12, 5), t)) for t in (0.9, 0.5)]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+    assert runs[2][1].shape != runs[0][1].shape
+
+
+def test_a_handle_compares_with_dense_attention():
+    model = build_flux()
+    with diffusion.apply_pka(model, conditions=KINDS, keywords=[[2]]) as handle:
+        comparison = handle.compare_dense(**conditioned())
+    assert 0 < comparison.output < 2 and tuple(comparison.layers) == handle.layers
+    assert "pka" in diffusion.supported(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"conditions": ("subject", "spatial"), "keywords": [None]}, "spatial conditions must come before"),
+        ({"conditions": ("depth",)}, "spatial, subject, found"),
+        ({"conditions": "spatial"}, "found 'spatial'"),
+        ({"conditions": ("subject",)}, "each of 1 subjects, found"),
+        ({"conditions": ("spatial",), "cache": True}, "cache=True needs conditions .* leave it out"),
+        ({"conditions": ("spatial",), "combine": "jiont"}, "'jiont'; did you mean joint"),
+        ({"conditions": ("spatial",), "paa_radius": -1}, "radius .* found -1"),
+        ({"conditions": ("spatial",), "refresh": "never"}, "every, once, found 'never'"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named_and_nothing_is_changed(settings, message):
+    model = build_flux()
+    before = dict(model.attn_processors)
+    with pytest.raises(ConfigError, match=message):
+        diffusion.apply_pka(model, **settings)
+    assert all(model.attn_processors[name] is p for name, p in before.items())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [((12,), r"2 conditions .* found \[0.0, 1.0\]"), ((9, 5), r"image's 12 tokens, found \[9, 5\]")],
+    ids=str,
+)
+def test_conditions_that_are_not_there_are_missed(lengths, message):
+    model = build_flux()
+    with (
+        diffusion.apply_pka(model, conditions=KINDS, keywords=[None]),
+        pytest.raises(ConfigError, match=message),
+    ):
+        output(model, conditioned(lengths=lengths))
