@@ -320,10 +320,12 @@ class DeformableBackbone(Backbone):
 
         Raises: IntegrityError for the file of another row, naming it.
         """
-        found = Form.of_file(state)
-        if found is not None and found != model.form:
-            raise IntegrityError(_another_row(found, model.form))
         own = model.state_dict()
+        found, ours = Form.of_file(state), Form.of_file(own)
+        # A body under another attention= is no row, and neither are its files.
+        is_row = ours is not None and ours.stages == model.form.stages[: len(ours.stages)]
+        if is_row and found is not None and found != model.form:
+            raise IntegrityError(_another_row(found, model.form))
         return {
             key: _resize_table(value, own[key].shape) if key.endswith(TABLES) and key in own else value
             for key, value in state.items()
