@@ -1,29 +1,34 @@
-"""Write the table of models into README.md, or with --check say whether it is up to date."""
+"""Write the table of models into README.md, or with --check say whether it is up to date.
+
+Speeds are those that scripts/bench/models.py measured last; a model without one has an empty cell.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import zoo
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+SPEEDS = ROOT / "scripts" / "bench" / "results" / "models_cpu.json"
 START, END = "<!-- models -->", "<!-- /models -->"
 
 
 def table() -> str:
     """The table in Markdown, one row for each registered model."""
     rows = [
-        "| model | parameters (M) | MACs (G) | input | top-1 | attention | paper | weights |",
-        "| --- | ---: | ---: | ---: | ---: | --- | --- | --- |",
+        "| model | params, M | MACs, G | input | top-1 | images/s | attention | paper | weights | licence |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- | --- |",
     ]
+    speeds = json.loads(SPEEDS.read_text())["models"] if SPEEDS.is_file() else {}
     for name in zoo.list_models():
         info = zoo.model_info(name)
-        weights = ", ".join(
-            "in the package" if "file" in entry else f"[{entry['tag']}]({entry['url']})"
-            for entry in info.weights
-        )
+        weights = ", ".join(map(_place, info.weights))
         papers = ", ".join(
             f"[{p.partition(':')[2]}](https://arxiv.org/abs/{p.partition(':')[2]})"
             for p in info.paper.split(", ")
@@ -34,12 +39,23 @@ def table() -> str:
             f"{info.macs / 1e9:.3f}",
             str(info.input_size[-1]),
             "" if info.top1 is None else f"{info.top1:g}",
+            f"{speeds[name]['relative_images_per_s']:.2f}x" if name in speeds else "",
             info.attention,
             papers,
             weights,
+            "" if not weights else info.licence or "not stated",
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _place(entry: dict[str, Any]) -> str:
+    """Where a weights file is, as a link."""
+    if "file" in entry:
+        return "in the package"
+    if "hub" in entry:
+        return f"[{entry['tag']}](https://huggingface.co/{'/'.join(entry['hub'].split('/')[:2])})"
+    return f"[{entry['tag']}]({entry['url']})" + (" (dead)" if "dead" in entry else "")
 
 
 def main() -> int:
