@@ -17,16 +17,15 @@ def same_kind(**tensors: Tensor | None) -> list[Tensor | None]:
     another device, of another dtype without autocast, or of a dtype that is no floating point number.
     """
     (first, lead), *_ = tensors.items()
-    dtype = lead.dtype
-    if autocasts(lead) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(lead.device.type)
+    mixed = autocasts(lead) and lead.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(lead.device.type) if mixed else lead.dtype
     for name, x in tensors.items():
         if x is None:
             continue
         floating(name, x)
         if x.device != lead.device:
             raise ValueError(f"{name} must be on {first}'s device {lead.device}, found {x.device}")
-        if x.dtype != lead.dtype and dtype == lead.dtype:
+        if x.dtype != lead.dtype and not mixed:
             raise ValueError(f"{name} must have {first}'s dtype {lead.dtype}, found {x.dtype}")
     return [None if x is None else x.to(dtype) for x in tensors.values()]
 

@@ -97,13 +97,13 @@ def _check(
         raise ValueError(f"q must be [B, Y, X, H, D] with no empty axis but B, found shape {tuple(q.shape)}")
     if k.ndim != 5 or k.shape[:3] != q.shape[:3] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have q's batch, map and width {tuple(q.shape)}, found {tuple(k.shape)}")
+    heads, kv_heads = q.shape[3], k.shape[3]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q's {heads} heads must be a multiple of k's {kv_heads} heads")
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
             f"v must have k's batch, map and heads {tuple(k.shape[:-1])}, found {tuple(v.shape)}"
         )
-    heads, kv_heads = q.shape[3], k.shape[3]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q's {heads} heads must be a multiple of k's {kv_heads} heads")
     window_size, shift = _pair("window_size", window_size), _pair("shift", shift)
     for length, window, by, axis in zip(q.shape[1:3], window_size, shift, ("rows", "columns"), strict=True):
         if window < 1:
