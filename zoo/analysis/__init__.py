@@ -13,6 +13,7 @@ from zoo.analysis.maps import (
     query_view,
 )
 from zoo.analysis.neighborhood import explain_neighborhood
+from zoo.analysis.page import attention_page
 from zoo.analysis.pictures import draw_field, draw_heat, draw_maps, draw_query, draw_statistics
 from zoo.analysis.tokens import GroupAttention, TokenAttention
 
@@ -22,6 +23,7 @@ __all__ = [
     "QueryView",
     "TokenAttention",
     "attention_map",
+    "attention_page",
     "attention_rollout",
     "block_attention",
     "choose_block",

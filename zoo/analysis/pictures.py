@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HEAT = "viridis"  # ordered in lightness: read the same without colour vision and in print
 QUERY = "#D55E00"  # the palette of Okabe and Ito, made to be told apart by everyone
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_HEADS = 11
 

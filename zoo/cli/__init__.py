@@ -14,7 +14,7 @@ def build() -> object:
     """Build the typer application; imported late so that a shell completion stays fast."""
     import typer
 
-    from zoo.cli import models, recipes, visualize, weights
+    from zoo.cli import bench, models, recipes, visualize, weights
 
     app = typer.Typer(
         name="zoo",
@@ -36,6 +36,7 @@ def build() -> object:
     app.add_typer(recipes.recipes, name="recipes")
     app.add_typer(weights.weights, name="weights")
     app.command("visualize")(visualize.visualize)
+    app.command("bench")(bench.bench)
     app.command("doctor")(models.doctor)
     return app
 

@@ -1,0 +1,56 @@
+"""`zoo bench`: the files it writes, and one clear line for a mistake."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from zoo.cli import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = main(["bench", *arguments])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_a_model_runs_against_its_peer(capsys, tmp_path):
+    arguments = ("nat_digits", "--against", "dat_digits", "--seconds", "0", "--no-memory", "--output")
+    status, out, err = run(capsys, *arguments, str(tmp_path))
+    assert status == 0, err
+    made = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["name"] for row in made["rows"]] == ["dat_digits", "nat_digits"]
+    assert "torch" in made["about"] and "nat_digits" in out
+
+
+def test_a_comparison_draws_a_chart_and_a_report_shows_it(capsys, tmp_path):
+    arguments = ("--compare", "attention=window,global", "--size", "7,14", "--seconds", "0", "--no-memory")
+    status, out, err = run(capsys, *arguments, "--output", str(tmp_path))
+    assert status == 0, err
+    assert "exponents in the number of tokens" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.png"}
+    page = tmp_path / "page.html"
+    status, _, err = run(capsys, "report", str(tmp_path / "bench.json"), "--output", str(page))
+    assert status == 0, err
+    assert "attention over resolution" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "name models or operations"),
+        (["nat_digits", "--compare", "attention=window"], 2, "one of the two"),
+        (["nat_digit"], 2, "did you mean nat_digits"),
+        (["nat_digits", "--size", "big"], 2, "--size must be positive numbers"),
+        (["nat_digits", "--dtype", "int8"], 2, "--dtype must be"),
+        (["--compare", "mechanism=window"], 2, "--compare must be attention="),
+        (["--compare", "attention=windw"], 2, "did you mean window"),
+        (["--compare", "attention=window", "--compile"], 2, "takes neither --against nor --compile"),
+        (["report"], 2, "needs files"),
+        (["report", "nowhere.json"], 3, "no file nowhere.json"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, status, message, capsys):
+    found, _, err = run(capsys, *arguments)
+    assert found == status and message in err and len(err.splitlines()) <= 3
