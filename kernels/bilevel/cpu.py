@@ -18,7 +18,7 @@ from zoo.kernels.bilevel.regions import region_of, to_map, to_regions
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
 COPIED_TOKEN = 32  # cost of copying one key and its value, in query-key products
 DENSE_PRODUCTS = 1 << 16  # where a mask of this many entries for each image still costs nothing
-TOKENS_AT_ONCE = 16384  # chosen keys held at once: they stay in the cache
+TOKENS_AT_ONCE = 32768  # chosen keys held at once; fewer are slower
 
 # SDPA's own kernel, named because it gives the LSE and takes its backward pass apart from autograd.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -165,7 +165,7 @@ class _Regions(torch.autograd.Function):
             q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
             grad_out = F.pad(grad_out, (0, 1), value=1.0)
             out = torch.cat([out, -grad_lse[..., None].to(out.dtype)], dim=-1)
-        grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+        grad_q, grad_k, grad_v = [], k.new_zeros(k.shape), v.new_zeros(v.shape)
         for part in _parts(rows, k):
             some = (grad_out[part], q[part], _take(k, rows[part]), _take(v, rows[part]), out[part])
             some_lse = lse[part].transpose(1, 2)

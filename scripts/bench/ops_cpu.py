@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Neighborhood attention on a CPU against the usual gather implementation: time and memory, as ratios.
+"""Operations on a CPU against the usual gather implementations: time and memory, as ratios.
 
     python scripts/bench/ops_cpu.py                  the table
     python scripts/bench/ops_cpu.py --check          exit status 1 where a goal is missed
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -66,7 +66,31 @@ CASES = [
     Case("1-D 4096, kernel 33", (4096,), 2, kernel_size=33),
     Case("3-D 8x16x16, kernel 3", (8, 16, 16), 2, kernel_size=3),
 ]
+
+
+@dataclass(frozen=True)
+class RoutedCase:
+    """One shape of bi-level routing attention, 7 x 7 regions."""
+
+    name: str
+    side: int
+    heads: int
+    topk: int
+    batch: int = 2
+    forward_goal: float | None = None
+    training_goal: float | None = None
+
+
+ROUTED_CASES = [
+    RoutedCase("routed 56x56, 1 region", 56, 2, 1, training_goal=4.5),
+    RoutedCase("routed 56x56, 4 regions", 56, 2, 4),
+    RoutedCase("routed 56x56, 4 regions, batch 8", 56, 2, 4, batch=8, forward_goal=2.4, training_goal=4.5),
+    RoutedCase("routed 28x28, 4 regions", 28, 4, 4),
+    RoutedCase("routed 14x14, 16 regions", 14, 8, 16, forward_goal=2.4, training_goal=4.5),
+]
+REGIONS = 7
 MEMORY_GRID, MEMORY_GOAL = (112, 112), 4.0
+ROUTED_MEMORY, ROUTED_MEMORY_GOAL = RoutedCase("", 112, 2, 16, batch=1), 4.0
 MODEL, MODEL_GOAL = "nat_mini", 2.5
 
 
@@ -113,6 +137,41 @@ def gather(
 SIDES = {"gather": gather, "cpu": ops.neighborhood_attention}
 
 
+def gather_regions(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: int, *, scale: float | None = None
+) -> Tensor:
+    """Copy the keys and values of the chosen regions for every region, then two products, as published."""
+    batch, rows, columns, heads, width = q.shape
+    parts, topk = routes.shape[1:]
+    scale = width**-0.5 if scale is None else scale
+
+    def cut(x: Tensor) -> Tensor:  # [B, Y, X, C] to [B, p, tokens, C]
+        x = x.unflatten(2, (regions, -1)).unflatten(1, (regions, -1))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    q, kv = cut(q.flatten(3)), cut(torch.cat([k.flatten(3), v.flatten(3)], dim=-1))
+    tokens, both = kv.shape[2:]
+    kv = kv[:, None].expand(-1, parts, -1, -1, -1)
+    kv = kv.gather(2, routes[..., None, None].expand(-1, -1, -1, tokens, both))
+    k, v = kv.unflatten(-1, (2, heads, width)).flatten(2, 3).unbind(3)  # [B, p, topk * tokens, H, D]
+    q = q.unflatten(-1, (heads, width)).transpose(2, 3)
+    weights = ((q * scale) @ k.permute(0, 1, 3, 4, 2)).softmax(dim=-1)
+    out = (weights @ v.transpose(2, 3)).transpose(2, 3)
+    out = out.unflatten(2, (rows // regions, -1)).unflatten(1, (regions, regions))
+    return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+ROUTED_SIDES = {"gather": gather_regions, "cpu": ops.bilevel_routing_attention}
+
+
+def routed_inputs(case: RoutedCase) -> list[Tensor]:
+    """q, k and v of the case and random routes, the same at every call."""
+    torch.manual_seed(0)
+    shape, parts = (case.batch, case.side, case.side, case.heads, WIDTH), REGIONS**2
+    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    return [*inputs, torch.rand(case.batch, parts, parts).argsort(-1)[..., : case.topk]]
+
+
 # Time -------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +208,24 @@ def time_case(case: Case, seconds: float) -> dict[str, float]:
 
     torch.testing.assert_close(*(run(function, False) for function in SIDES.values()), rtol=1e-4, atol=1e-5)
     pairs = product(SIDES.items(), (("forward", False), ("training", True)))
+    return _turns({f"{side} {what}": lambda f=f, t=t: run(f, t) for (side, f), (what, t) in pairs}, seconds)
+
+
+def time_routed(case: RoutedCase, seconds: float) -> dict[str, float]:
+    """Milliseconds of both sides, `cpu forward` and so on."""
+    *leaves, routes = routed_inputs(case)
+    grad = torch.randn_like(leaves[0])
+
+    def run(function: Callable[..., Tensor], training: bool) -> Tensor:
+        with torch.set_grad_enabled(training):
+            out = function(*leaves, routes, REGIONS)
+        if training:
+            torch.autograd.grad(out, leaves, grad)
+        return out
+
+    outs = (run(function, False) for function in ROUTED_SIDES.values())
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    pairs = product(ROUTED_SIDES.items(), (("forward", False), ("training", True)))
     return _turns({f"{side} {what}": lambda f=f, t=t: run(f, t) for (side, f), (what, t) in pairs}, seconds)
 
 
@@ -191,18 +268,32 @@ def peak_of_forward(side: str) -> int:
         return _memory("VmHWM") - before
 
 
+def peak_of_routed_training(side: str) -> int:
+    """Bytes that forward and backward of attention to regions add to the peak of this process."""
+    for case in (replace(ROUTED_MEMORY, side=28), ROUTED_MEMORY):
+        *leaves, routes = routed_inputs(case)
+        grad = torch.ones_like(leaves[0])
+        before = _memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        torch.autograd.grad(ROUTED_SIDES[side](*leaves, routes, REGIONS), leaves, grad)
+    return _memory("VmHWM") - before
+
+
+PEAKS = {"neighborhood": peak_of_forward, "routed": peak_of_routed_training}
+
+
 def _memory(field: str) -> int:
     """Bytes of this process. (`ru_maxrss` would include the peak of the process that started this one.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def measure_memory() -> dict[str, float]:
+def measure_memory(of: str) -> dict[str, float]:
     """Megabytes of both sides."""
     megabytes = {}
     for side in SIDES:
         answer = subprocess.run(
-            [sys.executable, __file__, "--peak", side], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--peak", of, side], capture_output=True, text=True, check=True
         )
         megabytes[f"{side} peak"] = int(answer.stdout) / 2**20
     return megabytes
@@ -234,9 +325,18 @@ def measure(only: str | None, seconds: float) -> list[dict]:
             figures = time_case(case, seconds)
             rows.append(_row(case.name, "forward", figures, "ms", case.forward_goal))
             rows.append(_row(case.name, "training", figures, "ms", case.training_goal))
+    for case in ROUTED_CASES:
+        if only is None or only in case.name:
+            figures = time_routed(case, seconds)
+            rows.append(_row(case.name, "forward", figures, "ms", case.forward_goal))
+            rows.append(_row(case.name, "training", figures, "ms", case.training_goal))
     name = f"memory at {'x'.join(map(str, MEMORY_GRID))}"
     if sys.platform == "linux" and (only is None or only in name):
-        rows.append(_row(name, "peak", measure_memory(), "MB", MEMORY_GOAL))
+        rows.append(_row(name, "peak", measure_memory("neighborhood"), "MB", MEMORY_GOAL))
+    side, topk = ROUTED_MEMORY.side, ROUTED_MEMORY.topk
+    name = f"routed memory of training at {side}x{side}, {topk} regions"
+    if sys.platform == "linux" and (only is None or only in name):
+        rows.append(_row(name, "peak", measure_memory("routed"), "MB", ROUTED_MEMORY_GOAL))
     name = f"{MODEL}, 8 images of 224x224"
     if only is None or only in name:
         figures = time_model(seconds)
@@ -259,10 +359,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each case (default: 6)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
-    parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        print(peak_of_forward(options.peak))
+        of, side = options.peak
+        print(PEAKS[of](side))
         return 0
 
     rows = measure(options.only, options.seconds)
@@ -271,7 +372,7 @@ def main() -> int:
         "processor": _processor(),
         "torch": torch.__version__,
         "threads": 1,
-        "cases": [asdict(case) for case in CASES],
+        "cases": [asdict(case) for case in (*CASES, *ROUTED_CASES)],
     }
     title = f"gather and cpu, one thread of {about['processor']}, torch {about['torch']}, {about['date']}"
     table = Table("case", "what", "gather", "cpu", "unit", "times less", "goal", title=title)
