@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,10 @@ class AgentMixing(nn.Module):
         for name, shape in shapes.items():
             table = nn.Parameter(torch.empty(shape, **factory))
             setattr(self, name, nn.init.trunc_normal_(table, std=0.02))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AgentMixing:
+        # torch takes five axes for a volume, which `to(memory_format=torch.channels_last)` refuses.
+        return super()._apply(lambda t: fn(t[0])[None] if t.ndim == 5 else fn(t), recurse)
 
     @property
     def agents(self) -> int:

@@ -639,7 +639,7 @@ class AgentDeiT(AgentBackbone):
         x = self.patch_embed(x)
         grid = tuple(x.shape[1:3])
         x = x + _positions(self.pos_embed[:, 1:], grid, "bicubic")
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([first, x.flatten(1, 2)], dim=1), grid
 
     def forward_features(self, x: Tensor) -> Tensor:
