@@ -96,7 +96,7 @@ def test_large_and_small_logits_do_not_overflow(small_tiles):
 
 
 @settings(
-    max_examples=5,
+    max_examples=3,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,

@@ -41,7 +41,15 @@ def table(heads, kernel_size):
     return torch.randn(heads, *(2 * n - 1 for n in kernel_size), dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("case", cases("neighborhood_attention"))
+# The most work for the interpreter; the rest of the stored cases run always.
+LONG = ("na2d_rpb_k5_dil2", "na3d_causal_dil_stride", "na2d_even_stride_k6x5", "na2d_k3_gqa")
+STORED = [
+    pytest.param(*case.values, id=case.id, marks=[*case.marks, *[pytest.mark.slow] * (case.id in LONG)])
+    for case in cases("neighborhood_attention")
+]
+
+
+@pytest.mark.parametrize("case", STORED)
 def test_stored_outputs_and_gradients(case):
     facts, stored = golden().load_case(case)
     made = facts["constructor"]
@@ -75,16 +83,23 @@ def test_any_length_and_width_is_exact(grid, kernel, dim):
     compare(inputs(grid, dim=dim, v_dim=dim + 2), kernel)
 
 
+@pytest.mark.slow
 def test_a_large_map():
     compare(inputs((20, 19), dim=12), (7, 7))
 
 
-@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("dilation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_relative_bias_and_its_gradient(dilation, small_tiles):
-    q, k, v = inputs((7, 8), heads=2, kv_heads=1)
-    compare([q, k, v], (3, 4), dilation=dilation, rpb=table(2, (3, 4)))
+    compare(inputs((5, 6)), (2, 3), dilation=dilation, rpb=table(1, (2, 3)))
 
 
+@pytest.mark.slow
+def test_a_relative_bias_of_several_heads_and_images(small_tiles):
+    leaves = inputs((7, 8), batch=2, heads=2, kv_heads=1)
+    compare(leaves, (3, 4), dilation=(1, 2), rpb=table(2, (3, 4)))
+
+
+@pytest.mark.slow
 def test_relative_biases_of_one_and_three_axes():
     compare(inputs((19,)), (5,), rpb=table(1, (5,)))
     compare(inputs((4, 5, 4)), (2, 3, 4), is_causal=(True, False, False), rpb=table(1, (2, 3, 4)))
@@ -109,7 +124,7 @@ def windows(draw):
 
 
 @settings(
-    max_examples=6,
+    max_examples=3,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
@@ -122,8 +137,9 @@ def test_any_size_and_window(axes, kv_heads, seed):
     compare(leaves, kernel, dilation=dilation, stride=stride, is_causal=causal)
 
 
+@pytest.mark.slow
 @settings(
-    max_examples=2,
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
@@ -139,13 +155,13 @@ def test_gradients_are_those_of_finite_differences():
     q, k, v = inputs((4, 5), heads=2, dim=3, v_dim=2, kv_heads=1)
     extra = torch.randn(2, 1, 2, 1, 3, dtype=torch.float64, requires_grad=True)
 
-    def run(q, k, v, rpb, extra):
+    def run(q, k, v, extra):
         return ops.neighborhood_attention(
-            q, k, v, (3, 2), rpb=rpb, extra_k=extra[0], extra_v=extra[1, ..., :2], return_lse=True,
+            q, k, v, (3, 2), extra_k=extra[0], extra_v=extra[1, ..., :2], return_lse=True,
             backend="triton",
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(run, (q, k, v, table(2, (3, 2)), extra), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (q, k, v, extra), fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
