@@ -419,6 +419,55 @@ def flux_pipe(layers: int = 1) -> Any:
     )
 
 
+# Stable Diffusion ------------------------------------------------------------------------------------------
+
+
+def build_unet(layers: int = 1, *, xl: bool = False) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    down = ["DownBlock2D" if xl else "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+    up = ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D" if xl else "CrossAttnUpBlock2D"]
+    more = {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True,
+        "projection_class_embeddings_input_dim": 8 + 6 * 8, "transformer_layers_per_block": (1, 2, 1),
+    } if xl else {}  # fmt: skip
+    return finish(
+        UNet2DConditionModel(
+            sample_size=16, in_channels=4, out_channels=4, layers_per_block=layers,
+            block_out_channels=(8, 16, 16), norm_num_groups=4, down_block_types=down, up_block_types=up,
+            cross_attention_dim=16, attention_head_dim=2, **more,
+        )
+    )  # fmt: skip
+
+
+def unet_inputs(
+    grid: tuple[int, ...] = (16, 12), *, batch: int = 2, timestep: float = 900.0, xl: bool = False
+) -> dict[str, Any]:
+    more = {"text_embeds": noise(batch, 8), "time_ids": noise(batch, 6)}
+    return {
+        "sample": noise(batch, 4, *grid),
+        "timestep": torch.tensor(timestep),
+        "encoder_hidden_states": noise(batch, TEXT, 16, seed=1),
+        "return_dict": False,
+        **({"added_cond_kwargs": more} if xl else {}),
+    }
+
+
+def sd_pipe(layers: int = 1, *, xl: bool = False) -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
+    parts = {
+        **nothing,
+        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+        "unet": build_unet(layers, xl=xl),
+    }
+    if xl:
+        return StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None)
+
+
 WAN = Tiny(
     "wan", build_wan, wan_inputs, wan_pipe, lambda: embeds(16), video_size, guidance={"guidance_scale": 3.0}
 )
@@ -459,6 +508,18 @@ QWEN = Tiny(
 FLUX = Tiny(
     "flux", build_flux, flux_inputs, flux_pipe, pooled_prompt, image_size, small=(5, 6), large=(7, 4),
     text=TEXT, guidance={"true_cfg_scale": 3.0},
+)  # fmt: skip
+
+SD15 = Tiny(
+    "sd15", build_unet, unet_inputs, sd_pipe, lambda: embeds(16),
+    lambda rows, columns: {"height": 8 * rows, "width": 8 * columns}, small=(16, 12), large=(8, 16),
+    guidance={"guidance_scale": 3.0},
+)  # fmt: skip
+SDXL = Tiny(
+    "sdxl", lambda layers=1: build_unet(layers, xl=True),
+    lambda *args, **kwargs: unet_inputs(*args, **kwargs, xl=True), lambda layers=1: sd_pipe(layers, xl=True),
+    pooled_prompt, lambda rows, columns: {"height": 8 * rows, "width": 8 * columns}, small=(16, 12),
+    large=(8, 16), guidance={"guidance_scale": 3.0},
 )  # fmt: skip
 
 VIDEOS = (WAN, WAN22, HUNYUAN, MOCHI, COGVIDEOX, LTX)

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
         "zoo.diffusion needs diffusers, which is not installed; run: pip install 'attnzoo[diffusion]'"
     ) from error
 
+from zoo.diffusion.agent import AgentConfig, agentsd_attention, apply_agent
 from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites
 from zoo.diffusion.layout import TokenLayout
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
@@ -45,6 +46,7 @@ from zoo.diffusion.radial import (
 )
 
 __all__ = [
+    "AgentConfig",
     "Comparison",
     "ConditionCache",
     "Handle",
@@ -54,6 +56,8 @@ __all__ = [
     "Stats",
     "Support",
     "TokenLayout",
+    "agentsd_attention",
+    "apply_agent",
     "apply_group_mask",
     "apply_neighborhood",
     "apply_pka",
@@ -70,7 +74,7 @@ __all__ = [
     "supported",
 ]
 
-METHODS = ("neighborhood", "radial", "pka")
+METHODS = ("neighborhood", "radial", "pka", "agent")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ from diffusers import (
     MochiTransformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
     WanTransformer3DModel,
 )
 from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
     CogVideoXAttnProcessor2_0,
+    FusedAttnProcessor2_0,
     FusedCogVideoXAttnProcessor2_0,
     FusedJointAttnProcessor2_0,
     JointAttnProcessor2_0,
@@ -418,6 +421,41 @@ def ltx_project(
     return query, key, value
 
 
+# Stable Diffusion 1.5, 2.1 and XL --------------------------------------------------------------------------
+
+
+def unet_layers(unet: nn.Module) -> dict[str, nn.Module]:
+    """Self-attention on the way down, in the middle and on the way up."""
+    return {
+        f"{name}.attn1": module.attn1
+        for name, module in unet.named_modules()
+        if ".transformer_blocks." in name and hasattr(module, "attn1") and not module.only_cross_attention
+    }
+
+
+def downsampling(unet: nn.Module, name: str) -> int:
+    """How many times coarser than the latents the map of a layer is."""
+    stack, _, rest = name.partition(".")
+    last = len(unet.down_blocks) - 1
+    if stack == "mid_block":
+        return 2**last
+    index = int(rest.partition(".")[0])
+    return 2 ** (index if stack == "down_blocks" else last - index)
+
+
+def unet_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Latents [B, C, height, width]: the finest map."""
+    return TokenLayout(text=0, grid=tuple(arguments["sample"].shape[-2:]))
+
+
+def unet_project(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, rotary: Any
+) -> QKV:
+    """No norms, nothing but tokens of one map."""
+    query, key, value = stream(attn, hidden_states)
+    return query, key, value
+
+
 ADAPTERS = (
     Adapter(
         model=FluxTransformer2DModel,
@@ -504,6 +542,16 @@ ADAPTERS = (
         layers=layers_of("transformer_blocks.attn1"),
         layout=ltx_layout,
         project=ltx_project,
+        output=image_output,
+    ),
+    Adapter(
+        model=UNet2DConditionModel,
+        methods=frozenset({"agent"}),
+        stock=(AttnProcessor2_0, FusedAttnProcessor2_0),
+        axes=2,
+        layers=unet_layers,
+        layout=unet_layout,
+        project=unet_project,
         output=image_output,
     ),
 )

@@ -34,7 +34,11 @@ class Config:
         """Where the tokens of this forward lie."""
         return adapter.layout(model, arguments)
 
-    def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> Any:
+    def phase(self, step: int) -> Any:
+        """What a plan depends on beside the geometry; asked at every forward."""
+        return None
+
+    def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device, phase: Any) -> Any:
         """Say what is seen of `text` text tokens (no padding) and the image; None: everything by all."""
         raise NotImplementedError
 
@@ -65,8 +69,8 @@ class Group:
 class State:
     """What the processors of one handle read; a step number would recompile the model at every step.
 
-    `call` numbers the calls of one step, which guidance may make several of; `errors` is None but while the
-    handle compares with dense attention.
+    `call` numbers the calls of one step, which guidance may make several of. While the handle compares with
+    dense attention, `is_comparing` says so and `errors` takes what each layer finds.
     """
 
     sparse: bool = False
@@ -74,6 +78,7 @@ class State:
     call: int = 0
     layout: TokenLayout | None = None
     groups: tuple[Group, ...] = ()
+    is_comparing: bool = False
     errors: dict[str, float] | None = None
 
 
@@ -87,6 +92,8 @@ class Processor:
     # diffusers' `set_attention_backend` and `enable_parallelism` write to these two names.
     _attention_backend = None
     _parallel_config = None
+    # Older processors of diffusers know no backends: the process-wide default must not reach them either.
+    dispatches = True
 
     def __init__(self, name: str, adapter: Adapter, state: State, config: Any) -> None:
         self.name = name
@@ -125,11 +132,19 @@ class Processor:
             )
         return self.adapter.output(attn, out.flatten(2, 3).to(query.dtype), encoder_hidden_states)
 
-    def layout_for(self, query: Tensor) -> TokenLayout:
-        """Where this layer's tokens lie, [B, N, H, D]."""
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        """Register what this layer needs beside its processor; the handle removes it."""
+        return []
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Where this layer's tokens lie."""
         layout = self.state.layout
-        if layout is not None and self.image_only:
-            layout = replace(layout, text=0)
+        return replace(layout, text=0) if layout is not None and self.image_only else layout
+
+    def layout_for(self, query: Tensor) -> TokenLayout:
+        """The layout, if it is that of these tokens, [B, N, ..]."""
+        layout = self.layout
         if layout is None or query.shape[1] != layout.tokens:
             raise ConfigError(
                 f"{type(self).__name__} got {query.shape[1]} tokens, found the geometry {layout}; call the "
@@ -138,8 +153,12 @@ class Processor:
         return layout
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend on the backend chosen in diffusers; all [B, N, H, D]."""
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+        """Attend as the model would, on the backend chosen in diffusers if it heeds that; [B, N, H, D]."""
+        if self.dispatches:
+            return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return out.transpose(1, 2)
 
     def dense_as_model(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layout: TokenLayout
@@ -217,7 +236,7 @@ class Site:
     layers: dict[str, nn.Module]
     originals: dict[str, Any] = field(default_factory=dict)
     processors: dict[str, Processor] = field(default_factory=dict)
-    hook: RemovableHandle | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 class Handle:
@@ -241,10 +260,14 @@ class Handle:
             for site in sites:
                 for name, layer in site.layers.items():
                     original, ours = layer.processor, processor(name, site.adapter, self._state, config)
+                    ours.dispatches = hasattr(original, "_attention_backend")
                     ours._attention_backend = getattr(original, "_attention_backend", None)
                     site.originals[name], site.processors[name] = original, ours
                     layer.processor = ours  # not every attention module has a set_processor
-                site.hook = site.entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+                    site.hooks += ours.hooks(site.model)
+                site.hooks.append(
+                    site.entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+                )
         except BaseException:
             self.remove()
             raise
@@ -275,8 +298,8 @@ class Handle:
         A layer whose processor somebody else has replaced since then keeps that one.
         """
         for site in self._sites:
-            if site.hook is not None:
-                site.hook.remove()
+            for hook in site.hooks:
+                hook.remove()
             for name, original in site.originals.items():
                 if site.layers[name].processor is site.processors.get(name):
                     site.layers[name].processor = original
@@ -293,6 +316,7 @@ class Handle:
             raise ConfigError("compare_dense needs a transformer that this handle changes, before remove()")
         entry, state = known[0].entry, self._state
         outputs = {}
+        state.is_comparing = True
         try:
             with torch.no_grad():
                 # Sparse and dense at every layer, going on with dense: each layer is judged by itself.
@@ -305,12 +329,11 @@ class Handle:
                         layers = state.errors
         finally:
             self._forced = state.errors = None
+            state.is_comparing = False
         dense = outputs["dense"]
         error = (outputs["sparse"] - dense).norm() / dense.norm().clamp_min(1e-30)
-        total = state.layout.tokens**2
-        kept = [self.config.pairs(state.layout, group.text, group.plan) / total for group in state.groups]
-        keep = sum(kept) / len(kept) if state.sparse else 1.0
-        return Comparison(float(error), layers, keep)
+        keep, whole = self._pairs(known[0], 1) if state.sparse else (1, 1)
+        return Comparison(float(error), layers, keep / whole)
 
     def __enter__(self) -> Handle:
         if not self._active:
@@ -336,13 +359,11 @@ class Handle:
                 )
         arguments = inspect.signature(type(site.model).forward).bind(site.model, *args, **kwargs).arguments
         layout = self.config.layout(site.adapter, site.model, arguments)
-        hidden_states = arguments["hidden_states"]
-        groups = self._groups(site.adapter, layout, arguments, hidden_states.device)
+        hidden_states = arguments["sample" if "sample" in arguments else "hidden_states"]
         if self._forced is None:
             self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
-            sparse = self._step >= self.dense_steps
-        else:
-            sparse = self._forced
+        sparse = self._step >= self.dense_steps if self._forced is None else self._forced
+        groups = self._groups(site.adapter, layout, arguments, hidden_states.device)
         self._state.layout, self._state.groups = layout, groups
         self._state.sparse = sparse and any(group.plan is not None for group in groups)
         if self._forced is None:
@@ -368,9 +389,10 @@ class Handle:
 
     def _plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> Any:
         """Make a plan once for each geometry: every layer and step uses the same tensors."""
-        key = (adapter.model, layout, text, str(device))
+        phase = self.config.phase(max(self._step, 0))
+        key = (adapter.model, layout, text, str(device), phase)
         if key not in self._plans:
-            self._plans[key] = self.config.plan(adapter, layout, text, device)
+            self._plans[key] = self.config.plan(adapter, layout, text, device, phase)
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
@@ -393,21 +415,25 @@ class Handle:
 
     def _count_work(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> None:
         """Count here, not in the processors: a counter there would recompile the model at every step."""
-        for name, layer in site.layers.items():
-            seen = replace(layout, text=0) if site.processors[name].image_only else layout
-            for group in self._state.groups:
-                batch = len(hidden_states) if group.rows is None else len(group.rows)
-                work = 4 * layer.inner_dim * batch
-                pairs = dense_pairs = seen.tokens**2
-                if self._state.sparse:
-                    text = min(group.text, seen.text)
-                    pairs = self.config.pairs(seen, text, group.plan)
-                self._flops += work * pairs
-                self._dense_flops += work * dense_pairs
+        work, dense_work = self._pairs(site, len(hidden_states), weighted=True)
+        self._dense_flops += 4 * dense_work
+        self._flops += 4 * (work if self._state.sparse else dense_work)
         self._calls += len(site.layers)
         if self._state.sparse:
             self._sparse_calls += len(site.layers)
             self._backend = self._chosen_backend(site, hidden_states, layout)
+
+    def _pairs(self, site: Site, batch: int, *, weighted: bool = False) -> tuple[int, int]:
+        """Query-key pairs of one head over all layers and samples, planned and dense; times the width."""
+        kept = dense = 0
+        for name, layer in site.layers.items():
+            layout, factor = site.processors[name].layout, layer.inner_dim if weighted else 1
+            for group in self._state.groups:
+                samples = factor * (batch if group.rows is None else len(group.rows))
+                text = min(group.text, layout.text)
+                kept += samples * self.config.pairs(layout, text, group.plan)
+                dense += samples * layout.tokens**2
+        return kept, dense
 
     def _chosen_backend(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> str:
         group = next(group for group in self._state.groups if group.plan is not None)
@@ -449,7 +475,7 @@ def find_sites(target: Any, method: str, dense_layers: int | Sequence[int | str]
     if isinstance(target, nn.Module):
         entries = [target]
     else:
-        parts = (getattr(target, name, None) for name in ("transformer", "transformer_2"))
+        parts = (getattr(target, name, None) for name in ("transformer", "transformer_2", "unet"))
         entries = [part for part in parts if isinstance(part, nn.Module)]
     allowed = [adapter for adapter in ADAPTERS if method in adapter.methods]
     names = ", ".join(adapter.model.__name__ for adapter in allowed)

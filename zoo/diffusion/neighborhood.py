@@ -64,7 +64,9 @@ class NeighborhoodConfig(Config):
         sizes, kernel_sizes, dilations, strides = zip(*axes, strict=True)
         return {"grid": sizes, "kernel_size": kernel_sizes, "dilation": dilations, "stride": strides}
 
-    def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> Window | None:
+    def plan(
+        self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device, phase: Any
+    ) -> Window | None:
         """Return the window on this grid; None where it is the whole grid or there is but one token."""
         if layout.image == 1:
             return None

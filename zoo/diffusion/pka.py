@@ -410,7 +410,7 @@ class PKAConfig(Config):
             )
         return TokenLayout(layout.text, layout.grid, spatial, tuple(lengths[1 + spatial :]))
 
-    def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> str:
+    def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device, phase: Any) -> str:
         """There is always something that conditions do not see."""
         return self.relation
 
@@ -438,31 +438,28 @@ class PKAProcessor(Processor):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.routed: dict[int, list[Tensor | None]] = {}  # by the number of the call in its step
+        self.routed: list[Tensor | None] | None = None  # by which this step attends; None: everywhere
+        self.found: list[Tensor | None] | None = None  # what the next step will attend by
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: str) -> Tensor:
         if plan != "pka":
             return group_attention(query, key, value, layout, relation=plan)
-        config, call = self.config, self.state.call
-        if self.state.is_first_step:
-            self.routed.pop(call, None)
-        has_keywords = call == 0 or config.share_routing
-        known = self.routed.get(0 if config.share_routing else call)
-        everywhere = [None] * len(layout.subjects)
+        config = self.config
+        # Only the first call of a step has the prompt with the keywords: guidance calls again without it.
+        has_prompt = self.state.call == 0
+        if has_prompt:
+            self.routed = None if self.state.is_first_step else self.found
+        routed = self.routed if has_prompt or config.share_routing else None
         out = pka_attention(
             query, key, value, layout,
-            routed=known if known is not None and has_keywords else everywhere,
+            routed=[None] * len(layout.subjects) if routed is None else routed,
             paa_radius=config.paa_radius, combine=config.combine,
             text_to_condition=config.text_to_condition, backend=config.backend,
         )  # fmt: skip
-        # Only the first call of a step has the prompt with the keywords: guidance calls again without it.
-        if (
-            call == 0
-            and (self.state.is_first_step or config.refresh == "every")
-            and self.state.errors is None
-        ):
+        looks = self.state.is_first_step or config.refresh == "every"
+        if has_prompt and looks and not self.state.is_comparing:
             image, text = query[:, layout.image_slice], key[:, layout.text_slice]
-            self.routed[0] = [
+            self.found = [
                 None if words is None
                 else keyword_routing(image, text, words, epsilon=config.epsilon, norm=config.norm)[1]
                 for words in config.keywords

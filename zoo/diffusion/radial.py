@@ -240,7 +240,7 @@ class RadialConfig(Config):
         check_backend(self.backend, "block_sparse_attention")
 
     def plan(
-        self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device
+        self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device, phase: Any
     ) -> RadialPlan | None:
         """Return which blocks see which in the sequence [video, text]; None where all see all."""
         frames, tokens = layout.grid[0], prod(layout.grid[1:])

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
 from diffusers import UNet2DConditionModel
+from diffusers.models import attention_dispatch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from torch._dynamo.testing import CompileCounter
 
@@ -312,7 +313,9 @@ def test_positional_arguments_are_understood(flux, inputs):
         assert same(flux(*(x[name] for name in names)).sample, outputs(flux, x))
 
 
-def test_the_attention_backend_of_diffusers_is_carried_over(flux):
+def test_the_attention_backend_of_diffusers_is_carried_over(flux, monkeypatch):
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # it is set for the process
     flux.set_attention_backend("_native_math")
     with diffusion.apply_neighborhood(flux, 3):
         backends = {str(p._attention_backend.value) for p in flux.attn_processors.values()}

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
+from diffusers.models import attention_dispatch
 from tiny_diffusion import (
     COGVIDEOX,
     FLUX,
@@ -203,6 +204,16 @@ def test_padding_inside_a_prompt_of_qwen_is_left_out_as_well():
         assert (output(model, inputs) - wanted).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("tiny", [SD3, COGVIDEOX, WAN], ids=repr)
+def test_a_backend_chosen_for_the_whole_process_reaches_those_that_heed_it_alone(tiny, monkeypatch):
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", attention_dispatch.AttentionBackendName._NATIVE_MATH)
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    stock = output(model, inputs)
+    with apply_all_true("neighborhood", model):
+        assert torch.equal(output(model, inputs), stock)
+
+
 # Steps, sizes, handles -------------------------------------------------------------------------------------
 
 
@@ -263,14 +274,10 @@ def test_an_exception_in_mid_run_and_handles_left_in_the_wrong_order_restore_all
     assert same(processors(pipe), before) and torch.equal(tiny.generate(pipe, steps=2), stock)
 
     # Two handles share a model where each leaves the other's layers alone; the first goes first.
-    layers = len(apply(method, pipe.transformer).layers)
-    apply_layers = [[i for i in range(layers) if i != keep] for keep in (0, 1)]
-    for module in pipe.transformer.modules():
-        if isinstance(getattr(module, "processor", None), diffusion.handle.Processor):
-            module.processor = before[0]
-    pipe = tiny.pipe()
-    before, stock = processors(pipe), tiny.generate(pipe, steps=2)
-    first, second = (apply(method, pipe.transformer, dense_layers=dense) for dense in apply_layers)
+    with apply(method, pipe.transformer) as handle:
+        layers = handle.layers
+    first = apply(method, pipe.transformer, dense_layers=layers[1:])
+    second = apply(method, pipe.transformer, dense_layers=layers[:1])
     tiny.generate(pipe, steps=2)
     first.remove()
     tiny.generate(pipe, steps=2)

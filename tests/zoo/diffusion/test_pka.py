@@ -317,7 +317,8 @@ def conditioned(
     grid: tuple[int, int] = (3, 4), lengths: tuple[int, ...] = (12, 5), timestep: float = 0.9
 ) -> dict:
     inputs = flux_inputs(grid, timestep=timestep)
-    parts, ids = [inputs["hidden_states"]], [inputs["img_ids"]]
+    image = noise(*inputs["hidden_states"].shape, seed=int(100 * timestep))  # another one at every step
+    parts, ids = [image], [inputs["img_ids"]]
     for number, length in enumerate(lengths, start=1):
         parts.append(noise(2, length, 4, seed=number))
         place = torch.arange(length)
