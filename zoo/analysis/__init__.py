@@ -15,17 +15,21 @@ from zoo.analysis.maps import (
 from zoo.analysis.neighborhood import explain_neighborhood
 from zoo.analysis.page import attention_page
 from zoo.analysis.pictures import draw_field, draw_heat, draw_maps, draw_query, draw_statistics
+from zoo.analysis.sparsity import TileCount, best_tiles, block_tiles, neighborhood_tiles
 from zoo.analysis.tokens import GroupAttention, TokenAttention
 
 __all__ = [
     "GroupAttention",
     "HeadStatistics",
     "QueryView",
+    "TileCount",
     "TokenAttention",
     "attention_map",
     "attention_page",
     "attention_rollout",
+    "best_tiles",
     "block_attention",
+    "block_tiles",
     "choose_block",
     "draw_field",
     "draw_heat",
@@ -36,5 +40,6 @@ __all__ = [
     "explain_neighborhood",
     "gradient_relevance",
     "head_statistics",
+    "neighborhood_tiles",
     "query_view",
 ]

@@ -102,7 +102,10 @@ def weights_with_gradient(
             for name, record in records.items():
                 _check_tokens(name, record)
                 if len(products.get(name, ())) != 1:
-                    raise ConfigError(f"relevance needs one attention product in {name}, and that is not so")
+                    raise ConfigError(
+                        f"relevance follows blocks with one attention product; {name} has "
+                        f"{len(products.get(name, ()))} that are known"
+                    )
             outputs = [products[name][0][1] for name in records]
             gradients = torch.autograd.grad(score.sum(), outputs)
             found = {}
@@ -124,6 +127,7 @@ def mechanism_of(module: nn.Module) -> str:
         "agent": "agent",
         "channel": "channel",
         "global": "global",
+        "cswin": "stripes",
     }
     names = [kind.__name__.lower() for kind in type(module).__mro__]  # families name subclasses as they like
     found = (word for name in names for part, word in words.items() if part in name)

@@ -288,3 +288,21 @@ def test_families_name_their_subclasses_as_they_like():
         pass
 
     assert mechanism_of(LocalAttention(16, 2)) == "window"
+
+
+@pytest.mark.parametrize("name", zoo.list_models("*_digits", pretrained=True))
+def test_every_shipped_model_can_be_looked_at(name):
+    """Maps, views and statistics of each; rollout and relevance too, or one line that says why not."""
+    model = zoo.create_model(name, pretrained=True).eval()
+    images = torch.randn(1, 3, *model.default_cfg["input_size"][1:])
+    blocks = analysis.block_attention(model, images)
+    assert blocks and all(analysis.query_view(block, (0.4, 0.7)).query for block in blocks.values())
+    assert analysis.head_statistics(model, images)
+    channels = any(isinstance(block, analysis.GroupAttention) for block in blocks.values())
+    for function in (analysis.attention_rollout, analysis.gradient_relevance):
+        if channels:
+            with pytest.raises(zoo.ConfigError, match="attends between channels"):
+                function(model, images)
+        else:
+            found = function(model, images)
+            assert found.isfinite().all() and found.min() >= 0 and found.max() > 0
