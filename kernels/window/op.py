@@ -49,8 +49,8 @@ def window_attention(
 
     Shapes: q [B, Y, X, H, D], k [B, Y, X, Hkv, D], v [B, Y, X, Hkv, Dv]; query head h reads key head
         h // (H // Hkv). bias [H, T, T], T = rows * columns of a window, is added to the logits of query and
-        key by their places in a whole window, row by row. Returns [B, Y, X, H, Dv] and, with `return_lse`,
-        the natural-log LSE [B, Y, X, H].
+        key by their places in a whole window, row by row; a query from which -inf hides everything gets
+        exactly 0. Returns [B, Y, X, H, Dv] and, with `return_lse`, the natural-log LSE [B, Y, X, H].
     Units: window_size and shift in tokens, one number or (rows, columns); scale multiplies q.k and is D**-0.5
         by default.
     Numerics: logits and softmax in at least float32, result in q's dtype.

@@ -24,8 +24,11 @@ def window_attention(
         logits = scale * torch.einsum("whqd,whkd->whqk", q, k)
         if bias is not None:
             logits = logits + bias
-        lse = logits.logsumexp(dim=-1, keepdim=True)
-        return torch.einsum("whqk,whkd->whqd", (logits - lse).exp(), v), lse
+        nothing = (logits == float("-inf")).all(dim=-1, keepdim=True)  # a bias may hide the whole window
+        logits = logits.masked_fill(nothing, 0.0)
+        weights = logits.softmax(dim=-1).masked_fill(nothing, 0.0)
+        lse = logits.logsumexp(dim=-1, keepdim=True).masked_fill(nothing, float("-inf"))
+        return torch.einsum("whqk,whkd->whqd", weights, v), lse
 
     q, k, v, bias = (None if x is None else x.to(dtype) for x in (q, k, v, bias))
     return in_windows(attend, q, k, v, window_size, shift, bias)

@@ -26,9 +26,16 @@ def window_attention(
     fused = not return_lse and v.shape[-1] == k.shape[-1] and (bias is None or q.device.type != "cpu")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if bias is None:
+            return weigh(q, k, v, None)
+        nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)  # [H, T, 1]: it hides the whole window
+        out, lse = weigh(q, k, v, bias.masked_fill(nothing, 0.0))
+        return out.masked_fill(nothing, 0.0), None if lse is None else lse.masked_fill(nothing, float("-inf"))
+
+    def weigh(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if fused:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
-        logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)
+        logits = (q.to(dtype) * scale) @ k.to(dtype).mT
         logits = logits if bias is None else logits + bias
         out = logits.softmax(dim=-1) @ v.to(dtype)
         return out, logits.logsumexp(dim=-1, keepdim=True) if return_lse else None

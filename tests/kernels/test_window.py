@@ -136,6 +136,22 @@ def test_tokens_beyond_the_borders_of_a_shifted_window_do_not_leak():
         assert out[:, :, 1:].isfinite().all() and not out[:, :, 0].isfinite().any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_query_that_sees_nothing_is_zero_with_finite_gradients(backend, return_lse):
+    inputs = [x.requires_grad_() for x in arguments(4, 4, kv_heads=4)]
+    bias = torch.randn(4, 4, 4, dtype=torch.float64)
+    bias[1, 2], bias[0, 0, 1] = float("-inf"), float("-inf")
+    bias.requires_grad_()
+    result = ops.window_attention(*inputs, 2, bias=bias, return_lse=return_lse, backend=backend)
+    out = result[0] if return_lse else result
+    assert not out[:, 1::2, ::2, 1].any() and out[:, ::2].all()
+    if return_lse:
+        assert (result[1][:, 1::2, ::2, 1] == float("-inf")).all()
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (*inputs, bias))
+
+
 def test_it_takes_what_tensors_come_as():
     q, k, v = arguments(kv_heads=4, dtype=torch.float32)
     expected = ops.window_attention(q, k, v, 2, shift=1)
