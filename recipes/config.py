@@ -359,7 +359,8 @@ def _wanted(key: str, root: type[Recipe]) -> str:
         bool: "true or false",
         type(None): "null",
     }
-    words |= {list[float]: "a list of numbers, such as [0.5, 1.0]", dict[str, Any]: "a group of keys"}
+    words |= {list[float]: "a list of numbers, such as [0.5, 1.0]", list[int]: "a list of whole numbers"}
+    words |= {dict[str, Any]: "a group of keys"}
     kinds = typing.get_args(kind) if typing.get_origin(kind) not in (list, dict, None) else (kind,)
     return " or ".join(words.get(each, "of the right kind") for each in kinds)
 

@@ -59,6 +59,12 @@ def _data_sets() -> Sequence[str]:
     return NAMES
 
 
+def _mask_sets() -> Sequence[str]:
+    from zoo.recipes.data.masks import NAMES
+
+    return NAMES
+
+
 def _is_auto_augment(text: str) -> bool:
     from timm.data.auto_augment import (
         augment_and_mix_transform,
@@ -186,6 +192,7 @@ class Trainer:
     devices: int | str = "auto"
     num_nodes: int = number(1, low=1)
     strategy: str = "auto"
+    sync_batchnorm: bool = False  # batch norm over the images of all processes
     precision: str = choice("32-true", PRECISIONS)
     deterministic: bool = False  # refuse operations that differ from run to run (GPU)
     compile: bool = False
@@ -249,7 +256,104 @@ class Recipe:
         return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
 
 
-RECIPES: dict[str, type[Recipe]] = {"classification": Recipe}
+# ---- segmentation
+
+
+@dataclass(kw_only=True)
+class SegmentationData(AnyData):
+    """Images with a mask each; `image_size` is the shorter side before augmentation and in validation."""
+
+    local = ("digit_scenes", "folder", "ade20k", "cityscapes")
+
+    name: str = choice("???", _mask_sets)
+    val_batch_size: int | None = number(1, low=1)  # more only where all images have one size
+    max_side: int | None = number(None, low=1)  # a longer side is resized to this, whatever the shorter one
+    classes: str | None = None  # folder: a file of class names, one a line, if not classes.txt in root
+    ignore_index: int = number(255, low=0, high=65535)  # folder: what masks hold where there is no class
+    reduce_zero_label: bool = False  # folder: classes are counted from 1 in the masks, and 0 is none
+
+
+@dataclass(kw_only=True)
+class SegmentationAugment:
+    """Changes to training images and their masks; every random number follows from seed, epoch and image."""
+
+    scale: list[float] = number([0.5, 2.0], above=0, high=100, length=2)  # times image_size
+    crop_size: int | None = number(None, low=1, high=16384)  # None: image_size
+    max_class_share: float = number(0.75, above=0, high=1)  # of a crop; ten tries to keep below it
+    rotate: float = number(0.0, low=0, high=180)  # degrees to either side
+    hflip: float = number(0.5, low=0, high=1)
+    photometric: float = number(0.5, low=0, high=1)  # brightness, contrast, saturation, hue: each so often
+
+
+@dataclass(kw_only=True)
+class Head:
+    """The decoder behind the backbone."""
+
+    name: str = choice("upernet", ("upernet", "semantic_fpn"))
+    channels: int | None = number(None, low=1)  # None: as published, 512 or 128
+    stages: list[int] | None = number(None, low=0)  # of the backbone; None: all
+    norm: bool = True  # a LayerNorm on each stage, as published for dense prediction
+    dropout: float = number(0.1, low=0, high=0.99)
+    auxiliary: int = number(0, low=0)  # channels of a second head for training, published 256; 0: none
+
+
+@dataclass(kw_only=True)
+class SegmentationLoss:
+    """What is minimised: a weighted sum over the pixels that have a class."""
+
+    cross_entropy: float = number(1.0, low=0)
+    dice: float = number(0.0, low=0)
+    auxiliary: float = number(0.4, low=0)  # of the second head's cross-entropy
+    class_weights: list[float] | None = number(None, low=0)  # of the cross-entropy, one for each class
+
+
+@dataclass(kw_only=True)
+class Inference:
+    """How validation and prediction look at an image."""
+
+    window: int | None = number(None, low=1)  # pixels seen at a time; None: all
+    stride: int | None = number(None, low=1)  # between windows; None: two thirds of one
+    scales: list[float] = number([1.0], above=0, high=100)  # times image_size; several are averaged
+    flip: bool = False  # average with the mirrored image
+
+
+@dataclass(kw_only=True)
+class SegmentationRecipe(Recipe):
+    """A training run that learns the class of every pixel."""
+
+    task: str = choice("segmentation", lambda: tuple(RECIPES))
+    data: SegmentationData = field(default_factory=SegmentationData)
+    augment: SegmentationAugment = field(default_factory=SegmentationAugment)
+    head: Head = field(default_factory=Head)
+    loss: SegmentationLoss = field(default_factory=SegmentationLoss)
+    inference: Inference = field(default_factory=Inference)
+
+    def refuse(self) -> None:
+        refuse_disorder("augment.scale", self.augment.scale)
+        if not self.loss.cross_entropy and not self.loss.dice:
+            raise ConfigError("loss.cross_entropy and loss.dice are both 0; there is nothing to minimise")
+        if self.loss.class_weights is not None and not any(self.loss.class_weights):
+            raise ConfigError("loss.class_weights are all 0; there is nothing to minimise")
+        if not self.inference.scales:
+            raise ConfigError("inference.scales is empty; [1.0] looks once")
+        if self.inference.stride is not None and self.inference.window is None:
+            raise ConfigError(
+                f"inference.stride={self.inference.stride} is for windows; give inference.window"
+            )
+        if self.inference.window is not None and (self.inference.stride or 0) > self.inference.window:
+            raise ConfigError(
+                f"inference.stride={self.inference.stride} leaves gaps between windows of "
+                f"{self.inference.window}; make it smaller"
+            )
+        if self.head.name == "upernet" and self.data.batch_size == 1 and not self.trainer.sync_batchnorm:
+            raise ConfigError(
+                "data.batch_size=1 is too few for the batch norm of head.name=upernet; use 2, "
+                "trainer.sync_batchnorm=true with several devices, or head.name=semantic_fpn"
+            )
+
+
+# The task comes first in a file, so that it is known which of these the file fills.
+RECIPES: dict[str, type[Recipe]] = {"classification": Recipe, "segmentation": SegmentationRecipe}
 
 
 def refuse_disorder(key: str, pair: list[float] | None) -> None:

@@ -80,12 +80,12 @@ def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunR
     content = _check_resume(made, checkpoint, classes) if checkpoint is not None else None
     for note in (*train_images.notes, *val_images.notes):
         say(f"note: {made.conceal(note)}")
+    objective = task.objective(made, len(classes))
     reseed(made.seed, "weights")
     model = task.build_model(made, len(classes))
     settings = InputSettings.of(model, made.data)
     bad_images = BadImages(made.data.max_bad, folder / "bad_files.txt")
     loader, val_loader = _loaders(made, task, settings, train_images, val_images, bad_images)
-    objective = task.objective(made, len(classes))
     objective.refuse(loader)
     module = Training(model, made, loader, objective)
     if content is not None:

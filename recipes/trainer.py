@@ -36,6 +36,7 @@ def build_trainer(
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
             strategy=trainer.strategy,
+            sync_batchnorm=trainer.sync_batchnorm,
             precision=trainer.precision,
             deterministic=trainer.deterministic or None,
             max_epochs=optim.epochs + optim.cooldown_epochs,

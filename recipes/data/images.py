@@ -40,7 +40,7 @@ def read_image(path: str | Path) -> Image.Image:
                 return to_rgb(ImageOps.exif_transpose(image))
     # A decoder may raise anything on damaged input.
     except Exception as error:
-        raise DataError(f"{path} cannot be read as an image: {_reason(error, path)}") from None
+        raise DataError(f"{path} cannot be read as an image: {reason_of(error, path)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -59,7 +59,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception, path: str | Path) -> str:
+def reason_of(error: Exception, path: str | Path) -> str:
+    """Say in a few words why a file could not be read."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, IsADirectoryError):
@@ -93,7 +94,7 @@ class ImageFolder:
         others: Counter[str] = Counter()
         empty = []
         for label, name in enumerate(self.classes):
-            found = _images_below(self.root / name, others)
+            found = images_below(self.root / name, others)
             if not found:
                 empty.append(name)
             self.files += found
@@ -165,7 +166,7 @@ def image_files(sources: Sequence[str | Path]) -> list[str]:
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir():
-            files = _images_below(path, Counter())
+            files = images_below(path, Counter())
             missing = f"no image in folder {source}"
         elif not path.exists() and any(mark in str(source) for mark in "*?["):
             anchor, pattern = path.anchor, str(path.relative_to(path.anchor) if path.anchor else path)
@@ -187,7 +188,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder} cannot be read ({error.strerror})") from None
 
 
-def _images_below(folder: Path, others: Counter[str]) -> list[str]:
+def images_below(folder: Path, others: Counter[str]) -> list[str]:
+    """Return the image files in a folder and those in it, sorted; other files are counted by their ending."""
     files = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -122,7 +122,10 @@ class Collate:
         bad = [sample for sample in samples if isinstance(sample, BadImage)]
         if self.fill and good:
             good += [good[i % len(good)] for i in range(len(bad))]
-        return (default_collate(good) if good else None), bad
+        try:
+            return (default_collate(good) if good else None), bad
+        except RuntimeError:  # raised here it would lose its text on the way from another process
+            return DataError("the images of a batch have different sizes; use data.val_batch_size=1"), bad
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -199,6 +202,8 @@ class EpochLoader:
                 if self.on_bad is None:
                     raise DataError(each.reason)
                 self.on_bad(self.images, each)
+            if isinstance(batch, DataError):
+                raise batch
             if batch is None:
                 raise DataError(f"no image of a whole batch can be read; the last: {bad[-1].reason}")
             yield batch

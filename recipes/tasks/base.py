@@ -67,6 +67,10 @@ class Prediction(ABC):
     file: str
     error: str | None = None
 
+    def save(self, folder: Path, name: str) -> list[Path]:
+        """Write the pictures of the prediction, whose names begin with `name`, and return their paths."""
+        return []
+
     @abstractmethod
     def line(self) -> str:
         """Return the prediction in a few words."""

@@ -12,7 +12,7 @@ import pytest
 
 from zoo.errors import ConfigError
 from zoo.recipes.config import all_keys, check, find_recipe, head_comment, recipe, recipe_names
-from zoo.recipes.schema import Recipe
+from zoo.recipes.schema import RECIPES, Recipe
 
 GOOD = "model: {name: nat_digits}\ndata: {name: digits}\n"
 
@@ -389,3 +389,56 @@ def test_values_given_in_python_are_saved_as_plain_ones():
     made.model.args = {"a": object()}
     with pytest.raises(ConfigError, match="plain values only"):
         made.plain()
+
+
+# ---- segmentation
+
+
+@pytest.mark.parametrize("kind", RECIPES.values(), ids=RECIPES)
+def test_every_number_of_every_task_has_limits(kind):
+    fields = leaves(kind)
+    assert len(fields) == len(all_keys(kind))
+    assert [key for key, item, hint in fields if "low" not in item.metadata and hint in (int, float)] == []
+
+
+PUBLISHED_ADE20K = {  # mIoU, with several scales, drop path, dilations of the third stage, pixels
+    "nat_mini": (45.1, 46.4, 0.2, None, 512),
+    "nat_tiny": (47.1, 48.4, 0.3, None, 512),
+    "nat_small": (48.0, 49.5, 0.5, None, 512),
+    "nat_base": (48.5, 49.7, 0.5, None, 512),
+    "dinat_mini": (45.8, 47.2, 0.2, 6, 512),
+    "dinat_tiny": (47.8, 48.8, 0.3, 18, 512),
+    "dinat_small": (48.9, 49.9, 0.5, 18, 512),
+    "dinat_base": (49.6, 50.4, 0.5, 18, 512),
+    "dinat_large": (54.0, 54.9, 0.3, 18, 640),
+    "dinat_s_tiny": (46.0, 47.4, 0.3, 6, 512),
+    "dinat_s_small": (48.6, 49.9, 0.3, 18, 512),
+    "dinat_s_base": (49.4, 50.2, 0.3, 18, 512),
+    "dinat_s_large": (53.4, 54.6, 0.3, 18, 640),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED_ADE20K)
+def test_published_settings_for_ade20k(model):
+    miou, several, drop_path, blocks, pixels = PUBLISHED_ADE20K[model]
+    made = recipe(f"segmentation/{model}_ade20k", ["data.root=/data"])
+    head = head_comment(find_recipe(f"segmentation/{model}_ade20k"))
+    assert f"published mIoU {miou} ({several} multi-scale)" in head
+    optim = made.optim
+    assert (made.model.name, made.model.drop_path_rate) == (model, drop_path)
+    assert (optim.lr, optim.lr_base_batch, optim.weight_decay, optim.schedule) == (6e-5, 16, 0.01, "linear")
+    steps = 20210 // 16
+    assert abs(optim.epochs * steps - 160_000) < steps and abs(optim.warmup_epochs * steps - 1500) < 10
+    assert (made.head.name, made.head.channels, made.head.auxiliary) == ("upernet", 512, 256)
+    assert (made.data.image_size, made.data.max_side) == (pixels, 4 * pixels)
+    assert (made.augment.scale, made.augment.max_class_share) == ([0.5, 2.0], 0.75)
+    assert (made.model.checkpoint is None) == (pixels == 512)
+    if blocks is None:
+        assert made.model.args == {}
+        return
+    from zoo import create_model
+
+    dilations = made.model.args["dilations"]
+    assert len(dilations[2]) == blocks and max(dilations[0]) == pixels // 32
+    if pixels == 512:
+        create_model(model, num_classes=0, device="meta", **made.model.args)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from zoo.recipes.predict import Prediction
     from zoo.recipes.run_folder import Trained
+    from zoo.recipes.tasks.classification import Prediction
 
 recipes = typer.Typer(help="List, show, copy and check training recipes.", no_args_is_help=True)
 
@@ -99,7 +99,9 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A folder with a sub-folder for each class, or digits; else the run's own."),
+        typer.Option(
+            help="A folder: a sub-folder for each class, or images/ and masks/; or digits, digit_scenes."
+        ),
     ] = None,
     device: Device = None,
     as_json: Json = None,
@@ -122,55 +124,68 @@ def predict(
     explain: Annotated[
         Path | None, typer.Option(help="Folder for pictures of what the centre of each image attends to.")
     ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for masks and overlays, where the model tells the class of pixels.")
+    ] = Path("predictions"),
     device: Device = None,
 ) -> None:
     """Tell what images show: zoo predict runs/digits photos/ --top-k 3
+
+    A segmenting model writes a mask, whose values are the class numbers, and an overlay for each image.
 
     An image that cannot be read gets one line, the others go on; the status is then 3.
     """
     import sys
 
-    from zoo.recipes.predict import predict as run
+    from zoo.errors import ConfigError
+    from zoo.recipes.predict import predictions
     from zoo.recipes.run_folder import load_trained
 
     trained = load_trained(source)
-    results = run(trained, images, top_k=top_k, bad_images="skip", device=device)
-    good = [result for result in results if result.error is None]
-    for result in results:
+    if explain is not None and trained.recipe is not None and trained.recipe.task != "classification":
+        raise ConfigError(f"--explain is for models that classify; {source} does {trained.recipe.task}")
+    facts, lines, files = [], [], []
+    used: set[str] = set()
+    unreadable = 0
+    for result in predictions(trained, images, top_k=top_k, bad_images="skip", device=device):
+        facts.append(result.facts())
         if result.error is not None:
+            unreadable += 1
             print(f"error: {result.error}", file=sys.stderr)
-    lines = "\n".join(f"{result.file}: {result.line()}" for result in good)
-    facts = {
-        "source": trained.source,
-        "model": trained.name,
-        "predictions": [result.facts() for result in results],
-    }
-    _print_or_write(lines, facts, as_json)
+            continue
+        lines.append(f"{result.file}: {result.line()}")
+        name = _unused(Path(result.file).stem, used)
+        files += result.save(output, name)
+        if explain is not None:
+            _explain(trained, result, explain / f"{name}.png")
+    whole = {"source": trained.source, "model": trained.name, "predictions": facts}
+    _print_or_write("\n".join(lines), whole, as_json)
+    if files:
+        print(f"{len(files)} masks and overlays in {output}", file=sys.stderr)
     if explain is not None:
-        _explain(trained, good, explain)
-        print(f"{len(good)} pictures of what the centre attends to in {explain}", file=sys.stderr)
-    if len(good) < len(results):
+        print(f"{len(lines)} pictures of what the centre attends to in {explain}", file=sys.stderr)
+    if unreadable:
         raise typer.Exit(3)
 
 
-def _explain(trained: Trained, results: list[Prediction], folder: Path) -> None:
+def _unused(name: str, used: set[str]) -> str:
+    """Return a name for the pictures of an image, of which other folders may have one of the same name."""
+    while name in used:
+        name += "_"
+    used.add(name)
+    return name
+
+
+def _explain(trained: Trained, result: Prediction, file: Path) -> None:
     from zoo.analysis import explain_neighborhood
     from zoo.recipes.data.images import read_image
     from zoo.recipes.data.transforms import eval_transform
 
-    folder.mkdir(parents=True, exist_ok=True)
-    transform = eval_transform(trained.settings)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = eval_transform(trained.settings)(read_image(result.file))
+    title = f"{Path(result.file).name}: {result.classes[0]} {100 * result.probabilities[0]:.0f} %"
     device = next(trained.model.parameters()).device
-    used: set[str] = set()
-    for result in results:
-        path = Path(result.file)
-        name = path.stem
-        while name in used:  # images of the same name from different folders
-            name += "_"
-        used.add(name)
-        title = f"{path.name}: {result.classes[0]} {100 * result.probabilities[0]:.0f} %"
-        figure = explain_neighborhood(trained.model, transform(read_image(path)).to(device), title=title)
-        figure.savefig(folder / f"{name}.png", dpi=110)
+    explain_neighborhood(trained.model, pixels.to(device), title=title).savefig(file, dpi=110)
 
 
 def _print_or_write(text: str, facts: dict[str, Any], path: Path | None) -> None:
