@@ -112,9 +112,9 @@ def draw_heat(image: Tensor, heat: Tensor, *, title: str, label: str) -> Figure:
 
 def draw_statistics(statistics: Sequence[HeadStatistics], *, title: str = "") -> Figure:
     """Draw mean attention distance and entropy of every head over the blocks."""
+    figure = _figure((10, 3.8))  # says what is missing where matplotlib is
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure((10, 3.8))
     left, right = figure.subplots(1, 2)
     mechanisms = list(dict.fromkeys(each.mechanism for each in statistics))
     for axis, attribute, label in (
