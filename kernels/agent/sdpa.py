@@ -18,13 +18,13 @@ def agent_attention(
 ) -> Tensor:
     """Return the output [B, N, H, Dv]."""
     shared = agents.shape[2] // k.shape[2]
-    if q.device.type == "cpu":  # what the agents gather is not rounded on the way
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        q, k, v, agents = (x.to(dtype) for x in (q, k, v, agents))
-    q, k, v, agents = (x.transpose(1, 2) for x in (q, k, v, agents))  # [B, H, N, D]
-    k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
-    gathered = _attend(agents, k, v, bias_in, scale)
-    return _attend(q, agents, gathered, bias_out, scale).transpose(1, 2)
+    if q.dtype.itemsize < 4 and q.device.type == "cpu":  # what the agents gather is not rounded on the way
+        q, k, v, agents = q.float(), k.float(), v.float(), agents.float()
+    if shared > 1:
+        k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
+    agents = agents.transpose(1, 2)  # [B, H, A, D]
+    gathered = _attend(agents, k.transpose(1, 2), v.transpose(1, 2), bias_in, scale)
+    return _attend(q.transpose(1, 2), agents, gathered, bias_out, scale).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:

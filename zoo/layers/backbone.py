@@ -18,8 +18,8 @@ class Backbone(nn.Module):
     A family sets `stage_list`, `norm_name` and `head_name` (the attributes that hold its stages, its last
     norm and its classifier, as its checkpoints call them), builds `self.stem_*` layers behind `stem`, and
     calls `add_head`. A stage is a module with `blocks` and, except for the last, `downsample`; features are
-    taken between the two. With `downsample_first` it is the step to the stage itself, the first has none to
-    speak of, and features are taken at its end. With `norm_after_pool` the last norm is the classifier's.
+    taken between the two. With `downsample_first` it is the step to the stage itself, an identity in the
+    first, and features are taken at the end. With `norm_after_pool` the last norm is the classifier's.
     """
 
     output_fmt = "NHWC"
@@ -208,6 +208,15 @@ class Backbone(nn.Module):
             (r"^norm", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": rf"^{stages}\.(\d+)" if coarse else layers}
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution and, except in the last stage, the step to the next one."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
 
 
 def init_as_published(module: nn.Module) -> None:

@@ -23,7 +23,7 @@ from zoo.attention.global_attention import GlobalAttention
 from zoo.attention.stripes import StripeMixing
 from zoo.attention.window import WindowAttention
 from zoo.errors import ConfigError
-from zoo.layers.backbone import Backbone, drop_path_rates, init_as_published
+from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published
 from zoo.layers.patches import PatchMerging, PatchTokenizer
 from zoo.registry import register_family
 from zoo.weights.convert.agent import fit_tables
@@ -68,7 +68,7 @@ class AgentConfig:
 
     def map_size(self, stage: int) -> tuple[int, int]:
         """The map of a stage at the row's own input size, in tokens."""
-        side = self.input_size // 4 // 2**stage
+        side = -(-self.input_size // (4 * 2**stage))
         return (side, side)
 
     def agents(self, stage: int) -> dict[str, object]:
@@ -155,15 +155,6 @@ class AgentBackbone(Backbone):
 # Agent-Swin -------------------------------------------------------------------------------------------------
 
 
-class SwinStage(nn.Module):
-    """Blocks at one resolution and, except in the last stage, the step to the next one."""
-
-    def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-
 class AgentSwin(AgentBackbone):
     """Swin with agents that see the whole map; B blocks are its own shifted windows.
 
@@ -207,7 +198,7 @@ class AgentSwin(AgentBackbone):
                     )
                 blocks.append(Block(attn, mlp_ratio=cfg.mlp_ratios[i], drop_path=rates[i][j], **place))
             last = i == len(cfg.dims) - 1
-            stages.append(SwinStage(blocks, None if last else PatchMerging(dim, **factory)))
+            stages.append(Stage(blocks, None if last else PatchMerging(dim, **factory)))
         self.layers = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(cfg.dims[-1], **factory)
         self.add_head(
@@ -598,7 +589,7 @@ class AgentDeiT(AgentBackbone):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        side = cfg.input_size // cfg.patch_size
+        side = -(-cfg.input_size // cfg.patch_size)
         self.patch_embed = PatchTokenizer(in_chans, cfg.dim, cfg.patch_size, norm=False, **factory)
         self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.dim, **factory))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + side * side, cfg.dim, **factory))
@@ -693,7 +684,7 @@ class AgentDeiT(AgentBackbone):
     @classmethod
     def default_cfg(cls, cfg: AgentDeiTConfig) -> dict[str, object]:
         """What timm wants to know of a row."""
-        side = cfg.input_size // cfg.patch_size
+        side = -(-cfg.input_size // cfg.patch_size)
         return {"pool_size": (side, side), "first_conv": cls.first_conv, "crop_mode": "squash"}
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.attention import NeighborhoodAttention
 from zoo.errors import ConfigError
-from zoo.layers.backbone import Backbone, drop_path_rates, init_as_published
+from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published
 from zoo.layers.patches import PatchMerging, PatchTokenizer
 from zoo.registry import register_family
 from zoo.weights.convert.nat import from_huggingface
@@ -132,15 +132,6 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution and, except in the last stage, the step to the next one."""
-
-    def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
 
 
 class NAT(Backbone):
