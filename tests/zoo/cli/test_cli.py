@@ -50,7 +50,7 @@ def test_doctor_names_every_backend(capsys):
     [
         (["info", "nat_tny"], "unknown model 'nat_tny'; did you mean nat_tiny"),
         (["list", "q*"], "no model matches 'q*'"),
-        (["list", "--family", "nats"], "unknown family 'nats'; use nat"),
+        (["list", "--family", "nats"], "unknown family 'nats'; use agent"),
         (["info"], "Missing argument"),
         (["list", "--frobnicate"], "No such option"),
         (["lst"], "No such command"),
