@@ -158,8 +158,8 @@ def table_gradient(
 
 def constants(q: Tensor, v: Tensor) -> dict[str, Any]:
     """Widths, padded to powers of two, and the precision of products and sums."""
-    # Of float32 tensors only. With "highest", PyTorch's default, three TF32 products make a float32 one: exact
-    # products would not use the matrix unit, and their code takes minutes to compile for wide heads.
+    # Of float32 tensors only. With "highest", PyTorch's default, three TF32 products make a float32 one;
+    # exact products would not use the matrix unit, and their code takes minutes to compile for wide heads.
     if torch.version.hip is not None:
         precision = "ieee"
     else:
