@@ -38,17 +38,15 @@ from zoo.diffusion.pka import (
     relation_mask,
     relation_pairs,
 )
-from zoo.diffusion.radial import (
-    RadialConfig,
-    apply_radial_attention,
-    radial_block_mask,
-    radial_token_mask,
-)
+from zoo.diffusion.radial import RadialConfig, apply_radial_attention
+from zoo.diffusion.transformers import DiTModel, VideoDiTModel, create_transformer, list_transformers
+from zoo.layers.radial import radial_block_mask, radial_token_mask
 
 __all__ = [
     "AgentConfig",
     "Comparison",
     "ConditionCache",
+    "DiTModel",
     "Handle",
     "NeighborhoodConfig",
     "PKAConfig",
@@ -56,16 +54,19 @@ __all__ = [
     "Stats",
     "Support",
     "TokenLayout",
+    "VideoDiTModel",
     "agentsd_attention",
     "apply_agent",
     "apply_group_mask",
     "apply_neighborhood",
     "apply_pka",
     "apply_radial_attention",
+    "create_transformer",
     "csas_timesteps",
     "find_keywords",
     "group_attention",
     "keyword_routing",
+    "list_transformers",
     "pka_attention",
     "radial_block_mask",
     "radial_token_mask",

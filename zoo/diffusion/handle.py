@@ -431,8 +431,9 @@ class Handle:
             for group in self._state.groups:
                 samples = factor * (batch if group.rows is None else len(group.rows))
                 text = min(group.text, layout.text)
-                kept += samples * self.config.pairs(layout, text, group.plan)
-                dense += samples * layout.tokens**2
+                queries = replace(layout, text=text) if site.adapter.drops_padding else layout
+                kept += samples * self.config.pairs(queries, text, group.plan)
+                dense += samples * queries.tokens**2
         return kept, dense
 
     def _chosen_backend(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> str:

@@ -1,0 +1,261 @@
+"""The zoo's own diffusion transformers: published keys, any size, training, saving, generating."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
+
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from tiny_diffusion import finish, masked_sdpa, noise
+from torch import Tensor, nn
+
+from zoo import ConfigError, IntegrityError, diffusion
+from zoo.diffusion import DiTModel, VideoDiTModel, create_transformer
+from zoo.layers.radial import radial_block_mask
+from zoo.models.dit import DiT, filter_checkpoint
+from zoo.models.video_dit import GEOMETRIES, VideoDiT
+
+RADIAL = {"block_size": 4, "decay_factor": 0.5, "decimation_threshold": 8}
+
+
+def tiny_dit(**changes: object) -> DiTModel:
+    torch.manual_seed(0)
+    arguments = {"depth": 2, "hidden_size": 16, "num_heads": 2, "sample_size": 8, "num_classes": 5}
+    return finish(DiTModel(**{**arguments, **changes}))
+
+
+def tiny_video(**changes: object) -> VideoDiTModel:
+    torch.manual_seed(0)
+    arguments = {"depth": 2, "hidden_size": 24, "num_heads": 2, "in_channels": 4}
+    return finish(VideoDiTModel(**{**arguments, **changes}))
+
+
+# DiT -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
+def test_models_have_the_published_number_of_parameters(size, millions):
+    with torch.device("meta"):
+        model = create_transformer(f"dit_{size}_2")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) in (millions, millions + 1)
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_the_layout_of_diffusers_loads_and_computes_the_same(patch):
+    torch.manual_seed(0)
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=16, patch_size=patch, num_embeds_ada_norm=5, norm_eps=1e-6,
+    )  # fmt: skip
+    first = theirs.transformer_blocks[0].norm1.emb
+    for block in theirs.transformer_blocks:
+        block.norm1.emb = first
+    finish(theirs)
+    ours = tiny_dit(patch_size=patch, sample_size=16, frequency_shift=1)
+    assert ours.load_state_dict(filter_checkpoint(theirs.state_dict())) == ([], [])
+    x, time, label = noise(2, 4, 16, 16), torch.tensor([900, 3]), torch.tensor([1, 5])
+    with torch.no_grad():
+        wanted = theirs(x, time, label, return_dict=False)[0]
+        torch.testing.assert_close(ours(x, time, label, return_dict=False)[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_authors_layout_loads_and_other_embedders_are_noticed():
+    model = tiny_dit()
+    published = {**model.state_dict(), "pos_embed": torch.zeros(1, 16, 16)}
+    assert model.load_state_dict(filter_checkpoint(published)) == ([], [])
+    names = set(model.state_dict())
+    assert {"x_embedder.proj.weight", "t_embedder.mlp.2.bias", "y_embedder.embedding_table.weight"} <= names
+    assert {
+        "blocks.1.attn.qkv.weight",
+        "blocks.0.adaLN_modulation.1.bias",
+        "final_layer.linear.weight",
+    } <= names
+    theirs = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8)
+    with pytest.raises(IntegrityError, match="transformer_blocks.1.*another embedder"):
+        filter_checkpoint(theirs.state_dict())
+
+
+def test_a_new_model_changes_nothing_and_predicts_zero():
+    model = DiT(depth=2, hidden_size=16, num_heads=2, num_classes=5)
+    out = model(noise(2, 4, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([0, 1]))
+    assert out.shape == (2, 8, 8, 8) and not out.any()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (2, 14)], ids=str)
+@pytest.mark.parametrize("attention", ["global", "neighborhood", "window", "agent", "bilevel"])
+def test_any_size_under_any_attention(attention, size):
+    if attention == "bilevel" and size != (8, 8):
+        size = (16, 8)
+    model = tiny_dit(attention=attention)
+    out = model(noise(2, 4, *size), 700, torch.tensor([0, 4])).sample
+    assert out.shape == (2, 8, *size) and out.isfinite().all()
+    out.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_labels_are_dropped_in_training_alone():
+    model = tiny_dit(class_dropout=1.0)
+    x, labels = noise(1, 4, 8, 8), torch.tensor([2])
+    with torch.no_grad():
+        shown, none = (model(x, 5, y).sample for y in (labels, torch.tensor([5])))
+        assert not torch.equal(shown, none)
+        assert torch.equal(model.train()(x, 5, labels).sample, none)
+
+
+# Video -----------------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x, 500).sample.sin().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_radial_attention_and_its_gradients_are_those_of_the_dense_mask():
+    dense, sparse = tiny_video(), tiny_video(attention="radial", attention_kwargs=RADIAL)
+    x = noise(2, 4, 5, 8, 8)
+    mask = radial_block_mask(5, 16, **RADIAL).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    with masked_sdpa(lambda queries, keys: mask):
+        wanted, value = gradients(dense, x), dense(x, 500).sample
+    assert (sparse(x, 500).sample - value).abs().max() <= 1e-5
+    for name, gradient in gradients(sparse, x).items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-4, rtol=1e-3, msg=name)
+    assert (sparse(x, 500).sample - dense(x, 500).sample).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("grid", [(5, 4, 4), (1, 3, 5), (2, 1, 1), (3, 5, 2)], ids=str)
+@pytest.mark.parametrize("attention", ["global", "radial", "neighborhood"])
+@pytest.mark.parametrize("text_dim", [None, 6])
+def test_any_video_with_and_without_text(attention, grid, text_dim):
+    kwargs = {"radial": RADIAL, "neighborhood": {"kernel_size": (3, 3, 2)}, "global": None}[attention]
+    model = tiny_video(attention=attention, attention_kwargs=kwargs, text_dim=text_dim)
+    frames, rows, columns = grid
+    x = noise(2, 4, frames, 2 * rows, 2 * columns)
+    text = None if text_dim is None else noise(2, 3, 6)
+    out = model(x, torch.tensor([900.0, 10.0]), text).sample
+    assert out.shape == x.shape and out.isfinite().all()
+    with pytest.raises(ConfigError, match="text must be"):
+        model(x, 1, noise(2, 3, 6) if text is None else None)
+
+
+def test_a_window_over_the_whole_video_is_global_attention():
+    x = noise(1, 4, 3, 8, 6)
+    near = tiny_video(attention="neighborhood", attention_kwargs={"kernel_size": 99})
+    torch.testing.assert_close(near(x, 1).sample, tiny_video()(x, 1).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_it_trains_saves_reloads_and_generates_through_a_scheduler(tmp_path):
+    torch.manual_seed(0)
+    model = VideoDiTModel(
+        depth=2, hidden_size=24, num_heads=2, in_channels=2, attention="radial", attention_kwargs=RADIAL
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    videos, losses = 3 * noise(1, 2, 1, 8, 8).expand(4, -1, 5, -1, -1), []  # one still picture
+    for step in range(40):
+        generator = torch.Generator().manual_seed(step)
+        t = diffusion.csas_timesteps(4, generator=generator)
+        noisy = torch.randn(videos.shape, generator=generator)
+        mixed = torch.lerp(videos, noisy, t.view(-1, 1, 1, 1, 1))  # t = 1 is noise
+        loss = (model(mixed, 1000 * t).sample - (noisy - videos)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+    model.eval().save_pretrained(tmp_path)
+    loaded = VideoDiTModel.from_pretrained(tmp_path)
+    assert loaded.config.attention == "radial" and loaded.config.attention_kwargs == RADIAL
+    made = []
+    for each in (model, loaded):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(4)
+        latents = noise(1, 2, 5, 8, 8, seed=9)
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                latents = scheduler.step(each(latents, t).sample, t, latents, return_dict=False)[0]
+        made.append(latents)
+    assert torch.equal(*made) and made[0].isfinite().all()
+
+
+def test_dit_saves_reloads_and_generates_with_guidance(tmp_path):
+    model = tiny_dit(learn_sigma=False)
+    model.save_pretrained(tmp_path)
+    loaded = DiTModel.from_pretrained(tmp_path)
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(3)
+    latents = noise(1, 4, 8, 8)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            both = loaded(latents.repeat(2, 1, 1, 1), t, torch.tensor([1, 5])).sample
+            guided = both[1:] + 4 * (both[:1] - both[1:])
+            latents = scheduler.step(guided, t, latents).prev_sample
+    assert latents.isfinite().all()
+    x, label = noise(1, 4, 8, 8), torch.tensor([1])
+    assert torch.equal(model(x, 3, label).sample, loaded(x, 3, label).sample)
+
+
+@pytest.mark.parametrize("kind", ["dit", "video"])
+def test_checkpointing_lora_and_compile(kind):
+    peft = pytest.importorskip("peft", reason="pip install 'attnzoo[diffusion]'")
+    video = kind == "video"
+    model = tiny_video(attention="radial", attention_kwargs=RADIAL) if video else tiny_dit()
+    arguments = (noise(1, 4, 5, 4, 4), 3) if video else (noise(1, 4, 8, 8), 3, torch.tensor([1]))
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        model(*arguments).sample.sum().backward()
+        return model.blocks[0].attn.qkv.weight.grad.clone()
+
+    plain = gradient()
+    model.enable_gradient_checkpointing()
+    torch.testing.assert_close(gradient(), plain)
+    model.disable_gradient_checkpointing()
+
+    wanted = model(*arguments).sample
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arguments).sample, wanted)
+    torch.compiler.reset()
+
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "proj"], init_lora_weights=False))
+    assert (model(*arguments).sample - wanted).abs().max() > 1e-4
+
+
+def test_geometries_are_bounded():
+    model = VideoDiT(depth=1, hidden_size=12, num_heads=2, attention="radial", attention_kwargs=RADIAL)
+    for frames in range(1, GEOMETRIES + 4):
+        model.lists_of((frames, 1, 1), torch.device("cpu"))
+    assert len(model._lists) == GEOMETRIES and "_lists" not in model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: create_transformer("dit_xl_3"), "'dit_xl_3'.*did you mean dit_xl_"),
+        (lambda: create_transformer("dit_s_8", colour="red"), "dit_s_8: .*colour"),
+        (lambda: tiny_video(attention="raidal"), "'raidal'.*did you mean radial"),
+        (lambda: tiny_dit(attention="globl"), "unknown attention 'globl'"),
+        (lambda: tiny_video(hidden_size=20, num_heads=3), "3 heads an even width"),
+        (
+            lambda: tiny_dit()(noise(1, 4, 7, 8), 1, torch.tensor([0])),
+            r"\(2, 2\) divides, found \(1, 4, 7, 8\)",
+        ),
+        (lambda: tiny_video()(noise(1, 4, 8, 8), 1), r"found \(1, 4, 8, 8\)"),
+    ],
+    ids=["name", "argument", "video attention", "image attention", "heads", "size", "axes"],
+)
+def test_what_cannot_be_is_refused(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+def test_every_name_is_listed_and_its_rows_exist():
+    names = diffusion.list_transformers()
+    assert {f"dit_{s}_{p}" for s in ("s", "b", "l", "xl") for p in (2, 4, 8)} < set(names)
+    assert {"video_dit_s", "video_dit_b", "video_dit_l", "video_dit_xl"} < set(names)
+    with torch.device("meta"):
+        for name in names:
+            assert isinstance(create_transformer(name), nn.Module)

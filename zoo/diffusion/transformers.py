@@ -1,0 +1,118 @@
+"""The zoo's diffusion transformers as diffusers models: they save, load, take LoRA and checkpointing alike.
+
+create_transformer("video_dit_s", attention="radial") builds one by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from zoo.errors import ConfigError, did_you_mean
+from zoo.models import dit, video_dit
+
+
+class _Diffusers(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """What both models take from diffusers; names of arguments are those of its own transformers."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("DiTBlock",)
+    _repeated_blocks = ("DiTBlock",)
+
+
+class DiTModel(_Diffusers, dit.DiT):
+    """DiT with the interface of diffusers."""
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int = 28,
+        hidden_size: int = 1152,
+        num_heads: int = 16,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        sample_size: int = 32,
+        num_classes: int = 1000,
+        class_dropout: float = 0.1,
+        mlp_ratio: float = 4.0,
+        learn_sigma: bool = True,
+        frequency_shift: int = 0,
+        attention: str = "global",
+        attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        dit.DiT.__init__(self, **_plain(locals()))
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Shapes as in `DiT`."""
+        sample = dit.DiT.forward(self, hidden_states, timestep, class_labels)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class VideoDiTModel(_Diffusers, video_dit.VideoDiT):
+    """VideoDiT with the interface of diffusers."""
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int = 12,
+        hidden_size: int = 384,
+        num_heads: int = 6,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        in_channels: int = 16,
+        text_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        attention: str = "global",
+        attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        video_dit.VideoDiT.__init__(self, **_plain(locals()))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Shapes as in `VideoDiT`."""
+        sample = video_dit.VideoDiT.forward(self, hidden_states, timestep, encoder_hidden_states)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+
+
+_FAMILIES = ((DiTModel, dit.VARIANTS), (VideoDiTModel, video_dit.VARIANTS))
+
+
+def list_transformers() -> list[str]:
+    """Names for `create_transformer`."""
+    return sorted(name for _, rows in _FAMILIES for name in rows)
+
+
+def create_transformer(name: str, **arguments: Any) -> torch.nn.Module:
+    """Build a diffusion transformer by name; arguments are the model's, `attention` among them.
+
+    Raises: ConfigError for an unknown name or argument.
+    """
+    for model, rows in _FAMILIES:
+        if name in rows:
+            given = {**asdict(rows[name]), **arguments}
+            try:
+                return model(**given)
+            except TypeError as error:
+                raise ConfigError(f"{name}: {error}") from error
+    raise ConfigError(
+        f"unknown transformer {name!r}; use {', '.join(list_transformers())}"
+        f"{did_you_mean(str(name), list_transformers())}"
+    )

@@ -1,0 +1,228 @@
+"""Video diffusion transformers: DiT blocks over frames, rows and columns with rotary positions.
+
+The blocks are DiT's (arXiv:2212.09748), positions three-dimensional rotary ones, queries and keys normed; the
+text is read by cross-attention. Self-attention is global, radial (arXiv:2506.19852) or a neighborhood
+(arXiv:2504.16922). Plain modules; saving and loading as diffusers does is in zoo/diffusion/transformers.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zoo import ops
+from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.radial import radial_block_mask
+from zoo.models.dit import (
+    DiTBlock,
+    FinalLayer,
+    PatchEmbed,
+    TimestepEmbedder,
+    init_as_published,
+    per_sample,
+    run_block,
+)
+
+ATTENTIONS = ("global", "radial", "neighborhood")
+GEOMETRIES = 16  # of which a model keeps the lists of blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoDiTConfig:
+    """Width in channels, depth in blocks."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+
+class VideoAttention(nn.Module):
+    """Self-attention over [B, T, Y, X, C], then cross-attention to a text [B, M, C], if there is one.
+
+    `attention` "radial" takes the arguments of `radial_block_mask` (block_size, decay_factor ...),
+    "neighborhood" those of `ops.neighborhood_attention` (kernel_size, dilation, stride), clamped to the grid.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, attention: str, kwargs: Mapping[str, Any] | None, has_text: bool
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or dim // num_heads < 6 or dim // num_heads % 2:
+            raise ConfigError(
+                f"hidden_size must give each of {num_heads} heads an even width of at least 6, found {dim}"
+            )
+        if attention not in ATTENTIONS:
+            near = did_you_mean(str(attention), ATTENTIONS)
+            raise ConfigError(f"unknown attention {attention!r}; use {', '.join(ATTENTIONS)}{near}")
+        self.num_heads, self.attention, self.kwargs = num_heads, attention, dict(kwargs or {})
+        if attention == "neighborhood":
+            self.kwargs = {"kernel_size": 7, **self.kwargs}
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim // num_heads, eps=1e-6) for _ in range(2))
+        self.cross = CrossAttention(dim, num_heads) if has_text else None
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], lists: Any, text: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, T, Y, X, H, D]
+        q, k = (rotate(norm(y), *rotary) for norm, y in ((self.norm_q, q), (self.norm_k, k)))
+        out = self.proj(self.mix(q, k, v, lists).flatten(-2))
+        return out if self.cross is None else out + self.cross(x, text)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, lists: ops.BlockList | None) -> Tensor:
+        """Attend over the grid; all [B, T, Y, X, H, D]."""
+        grid = q.shape[1:4]
+        if self.attention == "neighborhood":
+            axes = [i for i, n in enumerate(grid) if n > 1]  # along one token there is nothing to choose
+            if axes:
+                flat = [y.reshape(len(y), *(grid[i] for i in axes), *y.shape[4:]) for y in (q, k, v)]
+                window = clamp_window(grid, axes, self.kwargs)
+                return ops.neighborhood_attention(*flat, **window).view(v.shape)
+        q, k, v = (y.flatten(1, 3) for y in (q, k, v))
+        if lists is not None:
+            out = ops.block_sparse_attention(q, k, v, lists)
+        else:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return out.unflatten(1, grid)
+
+
+class CrossAttention(nn.Module):
+    """What a token reads from the text."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q = self.q(x).flatten(1, -2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2)).view(x.shape)
+
+
+class VideoDiT(nn.Module):
+    """Predict noise or velocity from noisy video latents, a time and, with `text_dim`, a text.
+
+    Shapes: latents [B, C, T, height, width] that `patch_size` divides, time [B] or a number, text
+        [B, M, text_dim]; returns the latents' shape. Any size.
+    Units: `patch_size` (frames, rows, columns) in latent pixels.
+    Raises: ConfigError for a size that does not divide, an unknown attention, or a text where there is none
+        (or none where there is one).
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int = 12,
+        hidden_size: int = 384,
+        num_heads: int = 6,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        in_channels: int = 16,
+        text_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        attention: str = "global",
+        attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = tuple(patch_size)
+        self.attention, self.attention_kwargs = attention, dict(attention_kwargs or {})
+        self.head_dim = hidden_size // num_heads
+        self.x_embedder = PatchEmbed(in_channels, hidden_size, self.patch_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.text_embedder = None if text_dim is None else nn.Linear(text_dim, hidden_size)
+        self.blocks = nn.ModuleList(
+            DiTBlock(
+                hidden_size,
+                VideoAttention(hidden_size, num_heads, attention, attention_kwargs, text_dim is not None),
+                mlp_ratio,
+            )
+            for _ in range(depth)
+        )
+        patch = self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+        self.final_layer = FinalLayer(hidden_size, patch * in_channels)
+        self.gradient_checkpointing = False
+        self._lists: OrderedDict[Any, ops.BlockList | None] = OrderedDict()
+        init_as_published(self)
+
+    def forward(self, latents: Tensor, time: Tensor | float, text: Tensor | None = None) -> Tensor:
+        if (text is None) != (self.text_embedder is None):
+            raise ConfigError(
+                f"text must be {'left out' if self.text_embedder is None else 'given'} for this model, "
+                f"found {None if text is None else tuple(text.shape)}"
+            )
+        x = self.x_embedder(latents)
+        text = None if text is None else self.text_embedder(text)
+        condition = self.t_embedder(per_sample(time, latents))
+        grid = tuple(x.shape[1:-1])
+        context = (rotary_of(grid, self.head_dim, x.device), self.lists_of(grid, x.device), text)
+        for block in self.blocks:
+            x = run_block(self, block, x, condition, *context)
+        x = self.final_layer(x, condition).unflatten(-1, (*self.patch_size, -1))
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T, pt, Y, py, X, px]
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def lists_of(self, grid: tuple[int, int, int], device: torch.device) -> ops.BlockList | None:
+        """Which blocks see which, made once for each geometry; None where all see all."""
+        if self.attention != "radial":
+            return None
+        key = (grid, str(device))
+        if key not in self._lists:
+            mask = radial_block_mask(grid[0], grid[1] * grid[2], **self.attention_kwargs)
+            size = self.attention_kwargs.get("block_size", 128)
+            blocks = ops.BlockList.from_mask(mask, block_size=size).to(device)
+            self._lists[key] = None if bool(mask.all()) else blocks
+            if len(self._lists) > GEOMETRIES:
+                self._lists.popitem(last=False)
+        return self._lists[key]
+
+
+def clamp_window(grid: tuple[int, ...], axes: list[int], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of neighborhood attention such that no window reaches beyond the grid."""
+    every = {"kernel_size": 7, "dilation": 1, "stride": 1, **given}
+    window = {name: [] for name in ("kernel_size", "dilation", "stride")}
+    for i in axes:
+        kernel_size, dilation, stride = (
+            value[i] if isinstance(value, (tuple, list)) else value
+            for value in (every[name] for name in window)
+        )
+        dilation = min(dilation, grid[i] // 2)
+        kernel_size = min(kernel_size, grid[i] // dilation)
+        for name, value in zip(window, (kernel_size, dilation, min(stride, kernel_size)), strict=True):
+            window[name].append(value)
+    return window
+
+
+def rotary_of(grid: tuple[int, int, int], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every place, [T, Y, X, 1, D / 2]: a third of the channels turns with each axis."""
+    pairs = width // 2
+    parts = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    angles = []
+    for axis, (length, count) in enumerate(zip(grid, parts, strict=True)):
+        omega = 10_000.0 ** (-torch.arange(count, dtype=torch.float32, device=device) / max(count, 1))
+        place = torch.arange(length, dtype=torch.float32, device=device)[:, None] * omega
+        shape = [1, 1, 1, count]
+        shape[axis] = length
+        angles.append(place.view(shape).expand(*grid, count))
+    angle = torch.cat(angles, dim=-1)[..., None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of channels of [B, T, Y, X, H, D] by their angles."""
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+VARIANTS = {
+    f"video_dit_{size}": VideoDiTConfig(depth=depth, hidden_size=width, num_heads=heads)
+    for size, (depth, width, heads) in {
+        "s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)
+    }.items()
+}  # fmt: skip
