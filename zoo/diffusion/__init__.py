@@ -23,13 +23,13 @@ except ModuleNotFoundError as error:
 
 from zoo.diffusion.agent import AgentConfig, agentsd_attention, apply_agent
 from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites
-from zoo.diffusion.layout import TokenLayout
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
-from zoo.diffusion.pka import (
+from zoo.diffusion.pka import PKAConfig, apply_group_mask, apply_pka
+from zoo.diffusion.radial import RadialConfig, apply_radial_attention
+from zoo.diffusion.transformers import DiTModel, VideoDiTModel, create_transformer, list_transformers
+from zoo.layers.pka import (
     ConditionCache,
-    PKAConfig,
-    apply_group_mask,
-    apply_pka,
+    KeywordState,
     csas_timesteps,
     find_keywords,
     group_attention,
@@ -38,9 +38,8 @@ from zoo.diffusion.pka import (
     relation_mask,
     relation_pairs,
 )
-from zoo.diffusion.radial import RadialConfig, apply_radial_attention
-from zoo.diffusion.transformers import DiTModel, VideoDiTModel, create_transformer, list_transformers
 from zoo.layers.radial import radial_block_mask, radial_token_mask
+from zoo.layers.tokens import TokenLayout
 
 __all__ = [
     "AgentConfig",
@@ -48,6 +47,7 @@ __all__ = [
     "ConditionCache",
     "DiTModel",
     "Handle",
+    "KeywordState",
     "NeighborhoodConfig",
     "PKAConfig",
     "RadialConfig",

@@ -39,8 +39,8 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from zoo.diffusion.layout import TokenLayout
 from zoo.errors import ConfigError
+from zoo.layers.tokens import TokenLayout
 
 QKV = tuple[Tensor, Tensor, Tensor]
 

@@ -21,8 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from zoo import ops
 from zoo.diffusion.adapters import Adapter, downsampling, project_out, projections
 from zoo.diffusion.handle import Config, Handle, Processor, apply, check_backend, find_sites
-from zoo.diffusion.layout import TokenLayout
 from zoo.errors import ConfigError
+from zoo.layers.tokens import TokenLayout
 
 Grid = tuple[int, ...]
 ROWS = 4096  # how many tokens are compared with the representatives at once

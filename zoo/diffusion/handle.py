@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from zoo import ops
 from zoo.diffusion.adapters import ADAPTERS, Adapter
-from zoo.diffusion.layout import TokenLayout
 from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.tokens import TokenLayout
 
 PLANS = 16  # geometries of which a handle keeps the plan
 

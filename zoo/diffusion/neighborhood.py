@@ -16,8 +16,8 @@ from torch import Tensor
 from zoo import ops
 from zoo.diffusion.adapters import Adapter
 from zoo.diffusion.handle import Config, Handle, Processor, apply, check_backend
-from zoo.diffusion.layout import TokenLayout
 from zoo.errors import ConfigError
+from zoo.layers.tokens import TokenLayout
 
 Window = dict[str, tuple[int, ...]]  # grid, kernel_size, dilation and stride, clamped to each other
 

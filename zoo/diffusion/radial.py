@@ -17,8 +17,8 @@ from torch import Tensor
 from zoo import ops
 from zoo.diffusion.adapters import Adapter
 from zoo.diffusion.handle import Config, Handle, Processor, apply, check_backend
-from zoo.diffusion.layout import TokenLayout
 from zoo.layers.radial import radial_block_mask
+from zoo.layers.tokens import TokenLayout
 
 
 @dataclass(frozen=True)
