@@ -26,7 +26,13 @@ from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
 from zoo.diffusion.pka import PKAConfig, apply_group_mask, apply_pka
 from zoo.diffusion.radial import RadialConfig, apply_radial_attention
-from zoo.diffusion.transformers import DiTModel, VideoDiTModel, create_transformer, list_transformers
+from zoo.diffusion.transformers import (
+    DiTModel,
+    MMDiTModel,
+    VideoDiTModel,
+    create_transformer,
+    list_transformers,
+)
 from zoo.layers.pka import (
     ConditionCache,
     KeywordState,
@@ -48,6 +54,7 @@ __all__ = [
     "DiTModel",
     "Handle",
     "KeywordState",
+    "MMDiTModel",
     "NeighborhoodConfig",
     "PKAConfig",
     "RadialConfig",

@@ -17,15 +17,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from zoo.errors import ConfigError, did_you_mean
-from zoo.models import dit, video_dit
+from zoo.models import dit, mmdit, video_dit
 
 
 class _Diffusers(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """What both models take from diffusers; names of arguments are those of its own transformers."""
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("DiTBlock",)
-    _repeated_blocks = ("DiTBlock",)
+    _no_split_modules = ("DiTBlock", "MMDiTBlock")
+    _repeated_blocks = ("DiTBlock", "MMDiTBlock")
 
 
 class DiTModel(_Diffusers, dit.DiT):
@@ -88,11 +88,46 @@ class VideoDiTModel(_Diffusers, video_dit.VideoDiT):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+class MMDiTModel(_Diffusers, mmdit.MMDiT):
+    """MMDiT with the interface of diffusers."""
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int = 12,
+        hidden_size: int = 384,
+        num_heads: int = 6,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        text_dim: int = 768,
+        pooled_dim: int = 768,
+        mlp_ratio: float = 4.0,
+        attention: str = "global",
+        attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        mmdit.MMDiT.__init__(self, **_plain(locals()))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        return_dict: bool = True,
+        **conditions: Any,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Shapes and `conditions` (spatial, subjects, keywords, cache ...) as in `MMDiT`."""
+        sample = mmdit.MMDiT.forward(
+            self, hidden_states, timestep, encoder_hidden_states, pooled_projections, **conditions
+        )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
 
 
-_FAMILIES = ((DiTModel, dit.VARIANTS), (VideoDiTModel, video_dit.VARIANTS))
+_FAMILIES = ((DiTModel, dit.VARIANTS), (MMDiTModel, mmdit.VARIANTS), (VideoDiTModel, video_dit.VARIANTS))
 
 
 def list_transformers() -> list[str]:

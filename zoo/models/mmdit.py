@@ -1,0 +1,284 @@
+"""MMDiT: text and image in two streams that attend together; conditions beside them at linear cost.
+
+Esser et al. 2024 (arXiv:2403.03206): joint attention, normed queries and keys, adaptive norms from time and
+the pooled text; positions are rotary ones over rows and columns, as in Flux. Conditions (arXiv:2602.06850)
+are modulated by time 0 whatever the step, so that their keys and values are the same at every step. Plain
+modules; saving and loading as diffusers does is in zoo/diffusion/transformers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo import ops
+from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.pka import ConditionCache, KeywordState, dense_attention, pka_attention
+from zoo.layers.tokens import TokenLayout
+from zoo.models.dit import (
+    MLP,
+    FinalLayer,
+    Modulation,
+    PatchEmbed,
+    TimestepEmbedder,
+    init_as_published,
+    per_sample,
+    run_block,
+)
+from zoo.models.video_dit import clamp_window, rotate
+
+ATTENTIONS = ("global", "neighborhood")
+QKV = tuple[Tensor, Tensor, Tensor]
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMDiTConfig:
+    """Width in channels, depth in blocks."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+
+class Stream(nn.Module):
+    """What a block has for one kind of tokens: norms, projections, MLP and their modulation."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim // num_heads, eps=1e-6) for _ in range(2))
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.adaLN_modulation = Modulation(dim, 6)
+
+    def before(self, x: Tensor, condition: Tensor, angles: Angles | None) -> tuple[QKV, tuple[Tensor, ...]]:
+        """Queries, keys and values [B, N, H, D], and the modulation that `after` needs."""
+        modulation = self.adaLN_modulation(condition, 1)
+        x = self.norm1(x) * (1 + modulation[1]) + modulation[0]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k = self.norm_q(q), self.norm_k(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return (q, k, v), modulation
+
+    def after(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Residuals of attention [B, N, H, D] and MLP."""
+        _, _, gate, shift, scale, gate2 = modulation
+        x = x + gate * self.proj(attended.flatten(2))
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale) + shift)
+
+
+class MMDiTBlock(nn.Module):
+    """One stream for the text, one for the image and its conditions."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, attention: str, kwargs: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.text, self.image = (Stream(dim, num_heads, mlp_ratio) for _ in range(2))
+        self.attention, self.kwargs = attention, dict(kwargs)
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        condition: Tensor,
+        angles: Angles,
+        layout: TokenLayout,
+        extra: tuple[Tensor, Tensor] | None,
+        settings: Mapping[str, Any],
+        look: Callable[[Tensor, Tensor], None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step of both streams; `extra` are keys and values of the conditions in this layer.
+
+        `look` is shown the image's queries and the text's keys.
+        """
+        text_qkv, text_modulation = self.text.before(text, condition, None)
+        image_qkv, image_modulation = self.image.before(image, condition, angles)
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
+        if extra is not None:
+            key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), extra, strict=True))
+            out = pka_attention(query, key, value, layout, **settings)
+            if look is not None:
+                look(image_qkv[0], text_qkv[1])
+        elif self.attention == "neighborhood" and layout.image > 1:
+            out = self.near(query, key, value, layout)
+        else:
+            out = dense_attention(query, key, value, None)
+        text_out, image_out = out[:, : layout.text], out[:, layout.text :]
+        return (
+            self.image.after(image, image_out, image_modulation),
+            self.text.after(text, text_out, text_modulation),
+        )
+
+    def near(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
+        """Image tokens see their neighborhood and the text, text tokens see all; [B, N, H, D]."""
+        axes = [i for i, n in enumerate(layout.grid) if n > 1]
+        grid = [layout.grid[i] for i in axes]
+        text, window = layout.text, clamp_window(layout.grid, axes, self.kwargs)
+        maps = (x[:, text:].unflatten(1, grid) for x in (query, key, value))
+        near = ops.neighborhood_attention(*maps, **window, extra_k=key[:, :text], extra_v=value[:, :text])
+        return torch.cat([dense_attention(query[:, :text], key, value, None), near.flatten(1, -3)], dim=1)
+
+    def on_its_own(self, x: Tensor, condition: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of a condition, which sees itself alone; and its keys and values for the image."""
+        (query, key, value), modulation = self.image.before(x, condition, angles)
+        x = self.image.after(x, dense_attention(query, key, value, None), modulation)
+        return x, key, value
+
+
+class MMDiT(nn.Module):
+    """Predict velocity from noisy latents, a time, a text and any number of conditions.
+
+    Shapes: latents [B, C, height, width] that `patch_size` divides, time [B] or a number from 0 to 1000
+        (noise), text [B, M, text_dim], pooled [B, pooled_dim]. `spatial` latents have the image's size and
+        are aligned with it, `subjects` have any size. Returns the latents' shape.
+    `keywords` remembers between steps where the subjects' keywords are, `cache` the conditions' keys and
+    values: both belong to one generation and, with guidance, to one of its two prompts. `paa_radius` and `combine` as in `pka_attention`. With conditions,
+    attention is PKA whatever `attention` says.
+    Raises: ConfigError for sizes that do not divide or fit, and an unknown attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int = 12,
+        hidden_size: int = 384,
+        num_heads: int = 6,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        text_dim: int = 768,
+        pooled_dim: int = 768,
+        mlp_ratio: float = 4.0,
+        attention: str = "global",
+        attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        width = hidden_size // num_heads
+        if hidden_size % num_heads or width % 4:
+            raise ConfigError(
+                f"hidden_size must give each of {num_heads} heads a width that 4 divides, found {hidden_size}"
+            )
+        if attention not in ATTENTIONS:
+            near = did_you_mean(str(attention), ATTENTIONS)
+            raise ConfigError(f"unknown attention {attention!r}; use {', '.join(ATTENTIONS)}{near}")
+        self.patch_size, self.width = patch_size, width
+        self.x_embedder = PatchEmbed(in_channels, hidden_size, (patch_size, patch_size))
+        self.text_embedder = nn.Linear(text_dim, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.pooled_embedder = nn.Sequential(
+            nn.Linear(pooled_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        kwargs = {"kernel_size": 7, **(attention_kwargs or {})} if attention == "neighborhood" else {}
+        self.blocks = nn.ModuleList(
+            MMDiTBlock(hidden_size, num_heads, mlp_ratio, attention, kwargs) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.gradient_checkpointing = False
+        init_as_published(self)
+
+    def forward(
+        self,
+        latents: Tensor,
+        time: Tensor | float,
+        text: Tensor,
+        pooled: Tensor,
+        *,
+        spatial: Sequence[Tensor] = (),
+        subjects: Sequence[Tensor] = (),
+        keywords: KeywordState | None = None,
+        cache: ConditionCache | None = None,
+        paa_radius: int = 0,
+        combine: str = "joint",
+    ) -> Tensor:
+        image = self.x_embedder(latents)
+        grid = tuple(image.shape[1:-1])
+        pooled = self.pooled_embedder(pooled)
+        condition = self.t_embedder(per_sample(time, latents)) + pooled
+        extra, layout = None, TokenLayout(text.shape[1], grid)
+        if spatial or subjects:
+            layout = self.layout_of(layout, spatial, subjects)
+            # Nothing here knows the time.
+            make = lambda: self.keys_and_values((*spatial, *subjects), len(spatial), grid, pooled)  # noqa: E731
+            keys, values = make() if cache is None else cache.get("conditions", make)
+            extra = list(zip(keys, values, strict=True))
+        image, text = image.flatten(1, 2), self.text_embedder(text)
+        angles = angles_of(grid, self.width, image.device)
+        for layer, block in enumerate(self.blocks):
+            # Asked for here: a block that is computed again for its gradient must not see what it found.
+            routed = [None] * len(subjects) if keywords is None else keywords.routed(layer)
+            settings = {"routed": routed, "paa_radius": paa_radius, "combine": combine}
+            image, text = run_block(
+                self, block, image, text, condition, angles, layout,
+                None if extra is None else extra[layer], settings,
+                None if keywords is None else partial(keywords.look, layer),
+            )  # fmt: skip
+        x = self.final_layer(image.unflatten(1, grid), condition)
+        x = x.unflatten(-1, (self.patch_size, self.patch_size, -1))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def layout_of(
+        self, layout: TokenLayout, spatial: Sequence[Tensor], subjects: Sequence[Tensor]
+    ) -> TokenLayout:
+        """Where text, image and conditions lie, or ConfigError."""
+        grids = [tuple(n // self.patch_size for n in x.shape[-2:]) for x in (*spatial, *subjects)]
+        for grid in grids[: len(spatial)]:
+            if grid != layout.grid:
+                raise ConfigError(
+                    f"spatial conditions must have the image's grid of tokens {layout.grid}, found {grid}"
+                )
+        counts = tuple(rows * columns for rows, columns in grids[len(spatial) :])
+        return TokenLayout(layout.text, layout.grid, len(spatial), counts)
+
+    def keys_and_values(
+        self, conditions: Sequence[Tensor], aligned: int, grid: tuple[int, int], pooled: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all conditions in all layers, [L, B, N, H, D]; the first ones are `aligned`.
+
+        Those that are not lie to the right of the image and of each other.
+        """
+        condition = self.t_embedder(pooled.new_zeros(len(pooled))) + pooled
+        keys, values, right = [], [], grid[1]
+        for number, latents in enumerate(conditions):
+            x = self.x_embedder(latents)
+            own = tuple(x.shape[1:-1])
+            angles = angles_of(own, self.width, x.device, shift=0 if number < aligned else right)
+            right += 0 if number < aligned else own[1]
+            x, layers = x.flatten(1, 2), []
+            for block in self.blocks:
+                x, key, value = block.on_its_own(x, condition, angles)
+                layers.append((key, value))
+            for into, parts in zip((keys, values), zip(*layers, strict=True), strict=True):
+                into.append(torch.stack(parts))
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+def angles_of(grid: tuple[int, int], width: int, device: torch.device, *, shift: int = 0) -> Angles:
+    """Cosines and sines of every place, [N, 1, D / 2]: half of the channels turns with each axis."""
+    count = width // 4
+    omega = 10_000.0 ** (-torch.arange(count, dtype=torch.float32, device=device) / count)
+    row, column = (
+        (torch.arange(n, dtype=torch.float32, device=device) + start)[:, None] * omega
+        for n, start in zip(grid, (0, shift), strict=True)
+    )
+    rows, columns = grid
+    angle = torch.cat(
+        [row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=-1
+    ).flatten(0, 1)[:, None]
+    return angle.cos(), angle.sin()
+
+
+VARIANTS = {
+    f"mmdit_{size}": MMDiTConfig(depth=depth, hidden_size=width, num_heads=heads)
+    for size, (depth, width, heads) in {
+        "s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (24, 1536, 24)
+    }.items()
+}  # fmt: skip
