@@ -363,19 +363,21 @@ class Handle:
         if self._forced is None:
             self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
         sparse = self._step >= self.dense_steps if self._forced is None else self._forced
-        groups = self._groups(site.adapter, layout, arguments, hidden_states.device)
+        groups = self._groups(site.adapter, layout, arguments, hidden_states)
         self._state.layout, self._state.groups = layout, groups
         self._state.sparse = sparse and any(group.plan is not None for group in groups)
         if self._forced is None:
             self._count_work(site, hidden_states, layout)
 
     def _groups(
-        self, adapter: Adapter, layout: TokenLayout, arguments: Mapping[str, Any], device: torch.device
+        self, adapter: Adapter, layout: TokenLayout, arguments: Mapping[str, Any], hidden_states: Tensor
     ) -> tuple[Group, ...]:
+        batch, device = len(hidden_states), hidden_states.device
         mask = None if adapter.text_mask is None else adapter.text_mask(arguments)
         if mask is None or bool(mask.all()):
             return (Group(None, None, layout.text, self._plan(adapter, layout, layout.text, device)),)
-        kinds, which = mask.bool().cpu().unique(dim=0, return_inverse=True)  # one look at the device for all
+        mask = mask.bool().cpu().expand(batch, -1)  # several videos of a prompt share its mask
+        kinds, which = mask.unique(dim=0, return_inverse=True)
         groups = []
         for number, kept in enumerate(kinds):
             tokens = torch.ones(layout.tokens, dtype=torch.bool)

@@ -142,8 +142,8 @@ class MMDiT(nn.Module):
         (noise), text [B, M, text_dim], pooled [B, pooled_dim]. `spatial` latents have the image's size and
         are aligned with it, `subjects` have any size. Returns the latents' shape.
     `keywords` remembers between steps where the subjects' keywords are, `cache` the conditions' keys and
-    values: both belong to one generation and, with guidance, to one of its two prompts. `paa_radius` and `combine` as in `pka_attention`. With conditions,
-    attention is PKA whatever `attention` says.
+    values: both belong to one generation and, with guidance, to one of its two prompts. `paa_radius` and
+    `combine` as in `pka_attention`. With conditions, attention is PKA whatever `attention` says.
     Raises: ConfigError for sizes that do not divide or fit, and an unknown attention.
     """
 

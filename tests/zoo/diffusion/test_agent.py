@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from goldens import cases, golden
 from tiny_diffusion import FLUX, SD15, SDXL, Tiny
 from torch import Tensor
@@ -255,6 +255,15 @@ def test_gradients_are_finite_and_an_exception_restores_all():
         raise KeyboardInterrupt
     assert all(a is b for a, b in zip(before, model.attn_processors.values(), strict=True))
     assert hooks(model) == count and not any(isinstance(p, Processor) for p in before)
+
+
+def test_an_image_prompt_adapter_is_refused():
+    model = SD15.build()
+    foreign = IPAdapterAttnProcessor2_0(hidden_size=8, cross_attention_dim=16)
+    model.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(foreign)
+    with pytest.raises(ConfigError, match="found a IPAdapterAttnProcessor2_0, whose effect would be lost"):
+        diffusion.apply_agent(model)
+    assert model.down_blocks[0].attentions[0].transformer_blocks[0].attn1.processor is foreign
 
 
 def test_supported_tells_unets_from_transformers():

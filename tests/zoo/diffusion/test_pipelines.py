@@ -285,6 +285,18 @@ def test_an_exception_in_mid_run_and_handles_left_in_the_wrong_order_restore_all
     assert same(processors(pipe), before) and torch.equal(tiny.generate(pipe, steps=2), stock)
 
 
+@pytest.mark.parametrize("tiny", [WAN, HUNYUAN], ids=repr)
+def test_several_videos_at_once_are_as_under_the_mask(tiny):
+    name = "num_videos_per_prompt"
+    with stock_under_mask("radial", tiny, tiny.small):
+        wanted = tiny.generate(tiny.pipe(), steps=2, **{name: 2})
+    pipe = tiny.pipe()
+    with apply("radial", pipe):
+        found = tiny.generate(pipe, steps=2, **{name: 2})
+    assert len(found) == 2
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1)
+
+
 def test_both_transformers_of_wan_22_are_changed_or_none():
     pipe = WAN22.pipe()
     before = processors(pipe)

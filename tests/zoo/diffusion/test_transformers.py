@@ -224,6 +224,23 @@ def test_checkpointing_lora_and_compile(kind):
     assert (model(*arguments).sample - wanted).abs().max() > 1e-4
 
 
+def test_lora_for_longer_videos_is_saved_and_loaded_as_diffusers_does(tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install 'attnzoo[diffusion]'")
+    model, x = tiny_video(attention="radial", attention_kwargs=RADIAL), noise(1, 4, 7, 4, 4)
+    plain = model(x, 3).sample
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "proj"], init_lora_weights=False))
+    adapted = model(x, 3).sample
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora" in name for name in trained)
+    model.save_lora_adapter(tmp_path)
+    other = tiny_video(attention="radial", attention_kwargs=RADIAL)
+    other.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(other(x, 3).sample, adapted)
+    assert (adapted - plain).abs().max() > 1e-4
+    other.unload_lora()
+    torch.testing.assert_close(other(x, 3).sample, plain)
+
+
 def test_geometries_are_bounded():
     model = VideoDiT(depth=1, hidden_size=12, num_heads=2, attention="radial", attention_kwargs=RADIAL)
     for frames in range(1, GEOMETRIES + 4):
