@@ -279,8 +279,10 @@ def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Dense attention with its natural-log LSE; [B, N, H, D] and [B, N, H]."""
-    blocks = [-(-x.shape[1] // 128) for x in (query, key)]
-    every = ops.BlockList.from_mask(torch.ones(*blocks, dtype=torch.bool, device=query.device))
+    rows, columns = (-(-x.shape[1] // 128) for x in (query, key))
+    # By numbers, not by a mask, whose length would have to be asked of the device.
+    indices = torch.arange(columns, device=query.device).expand(rows, -1)
+    every = ops.BlockList.from_indices(indices, key_blocks=columns, check=False)
     return ops.block_sparse_attention(query, key, value, every, scale=scale, return_lse=True, backend=backend)
 
 

@@ -231,6 +231,19 @@ def test_dense_steps_count_over_all_calls_and_transformers(method, tiny):
     assert not torch.equal(first, stock)
 
 
+def test_frames_that_are_given_do_not_stop_the_count_of_steps():
+    # Wan 2.2 from an image and a text: a timestep for every token, 0 where the frame is known.
+    model, inputs = WAN.build(), WAN.inputs(WAN.small)
+    tokens = torch.Size(WAN.small).numel()
+    with apply("radial", model, dense_steps=1) as handle:
+        steps = []
+        for time in (900.0, 900.0, 500.0, 100.0):
+            inputs["timestep"] = torch.where(torch.arange(tokens) < 16, 0.0, time).expand(2, -1)
+            output(model, inputs)
+            steps.append(handle.step)
+    assert steps == [0, 0, 1, 2]
+
+
 @every
 def test_two_sizes_in_a_row_are_as_each_alone(method, tiny):
     pipe = tiny.pipe()
