@@ -24,6 +24,7 @@ def test_its_python_runs_as_printed(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.slow  # counts every model, which takes a minute
 def test_its_model_table_is_up_to_date():
     check = [sys.executable, str(ROOT / "scripts" / "model_table.py"), "--check"]
     result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
