@@ -161,6 +161,21 @@ def test_a_sparse_forward_is_the_stock_one_under_the_expanded_mask(method, tiny,
 
 
 @every
+def test_bfloat16_is_bit_identical_when_dense_and_finite_when_sparse(method, tiny):
+    exact = ("timestep", "guidance", "img_ids", "txt_ids")
+    model, inputs = tiny.build().bfloat16(), tiny.inputs(tiny.small)
+    for name, x in inputs.items():
+        if torch.is_tensor(x) and x.is_floating_point() and name not in exact:
+            inputs[name] = x.bfloat16()
+    stock = output(model, inputs)
+    with apply_all_true(method, model):
+        assert torch.equal(output(model, inputs), stock)
+    with apply(method, model):
+        found = output(model, inputs)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all() and not torch.equal(found, stock)
+
+
+@every
 def test_gradients_are_those_of_the_mask(method, tiny):
     model, inputs = tiny.build(1), tiny.inputs(tiny.small)
 
