@@ -84,6 +84,7 @@ def test_the_wheel_holds_every_file_of_the_four_folders(wheel):
     assert not (wheel / "kernels").exists(), "a top-level kernels would break another package"
 
 
+@pytest.mark.slow
 def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     where = succeed(f"{NEEDS_AN_IMPORT}; print(zoo.__file__)", cwd=tmp_path, path=[wheel])
     assert Path(where) == wheel / "zoo" / "__init__.py"
@@ -94,6 +95,7 @@ def test_a_checkout_works_without_installation(tmp_path):
     assert Path(where) == ROOT / "kernels" / "dispatch.py"
 
 
+@pytest.mark.slow
 def test_another_package_named_kernels_keeps_working_beside_ours(tmp_path):
     """Hugging Face publishes a package of that name; it must win over our folder, also in the root."""
     (tmp_path / "kernels").mkdir()
@@ -130,12 +132,15 @@ def test_models_and_operations_work_without_triton_diffusers_or_lightning(tmp_pa
     assert succeed(code, cwd=tmp_path, path=[ROOT]) == "1 10"
 
 
-@pytest.mark.parametrize("order", ["import zoo, timm", "import timm, zoo"])
+@pytest.mark.parametrize(
+    "order", ["import zoo, timm", pytest.param("import timm, zoo", marks=pytest.mark.slow)]
+)
 def test_timm_finds_our_models_in_either_order_of_import(order, tmp_path):
     code = f"{order}; print(type(timm.create_model('nat_digits')).__module__)"
     assert succeed(code, cwd=tmp_path, path=[ROOT]) == "zoo.models.nat"
 
 
+@pytest.mark.slow
 def test_a_model_goes_through_pickle_to_a_spawned_worker(tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(

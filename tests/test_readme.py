@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_its_python_runs_as_printed(tmp_path):
     """All blocks in order in one fresh interpreter, as a reader would type them."""
     pytest.importorskip("diffusers", reason="the third use needs diffusers: pip install 'attnzoo[diffusion]'")

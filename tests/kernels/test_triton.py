@@ -25,23 +25,15 @@ def test_without_a_gpu_the_reason_is_told():
     assert all("no GPU" in reason for reason in reasons.values())
 
 
-def run(part: str, marked: str) -> None:
+@pytest.mark.parametrize(
+    "part",
+    [part if part == "test_sanitizer" else pytest.param(part, marks=pytest.mark.slow) for part in PARTS],
+)
+def test_in_the_interpreter(part):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     file = TESTS / "interpret" / f"{part}.py"
     result = subprocess.run(
         [*command, file], cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
     )
-    nothing_marked = result.returncode == 5
-    assert result.returncode == 0 or nothing_marked, result.stdout[-6000:] + result.stderr[-2000:]
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_in_the_interpreter(part):
-    run(part, "not slow")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
-def test_what_takes_long_in_the_interpreter(part):
-    run(part, "slow")
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

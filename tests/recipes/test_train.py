@@ -240,6 +240,7 @@ def test_a_run_can_be_made_longer(run, tmp_path, capsys):
     assert "optim.epochs 1 -> 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_in_a_real_process(recipe_file, finished, tmp_path):
     """The process kills itself in the middle of a step, with reader processes; another one goes on."""
     code = """

@@ -179,7 +179,8 @@ def percentiles(times: Sequence[float]) -> dict[str, float]:
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that one call adds to the peak, or None where the system does not tell.
 
-    On a CPU it is the resident memory of a forked process (Linux only), scratch of libraries included.
+    On a CPU it is the resident memory of a forked process (Linux only), scratch of libraries included. The
+    system counts it in steps that grow with its processors: a few megabytes are within the error.
     """
     if device.type == "cuda":
         run()

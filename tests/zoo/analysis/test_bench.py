@@ -42,7 +42,7 @@ def test_percentiles_lie_between_the_nearest_times():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from Linux")
-@pytest.mark.parametrize("megabytes", [1, 64])
+@pytest.mark.parametrize("megabytes", [32, 64])
 def test_memory_is_the_peak_of_what_a_call_adds(megabytes):
     """Two tensors at once, then a third beside one of them: the peak is two."""
 
@@ -53,7 +53,7 @@ def test_memory_is_the_peak_of_what_a_call_adds(megabytes):
         b = b + 1
 
     found = bench.peak_memory(run, CPU)
-    assert found == pytest.approx(2 * megabytes * 2**20, rel=0.15, abs=2**18)
+    assert found == pytest.approx(2 * megabytes * 2**20, rel=0.15)
 
 
 def test_a_failure_while_memory_is_measured_gives_no_number():

@@ -103,6 +103,7 @@ def test_the_module_is_the_command():
     assert "predict" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_cut_off_by_a_pager_is_no_error(unbuffered):
     reading, writing = os.pipe()

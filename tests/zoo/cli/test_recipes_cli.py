@@ -219,6 +219,7 @@ def test_check_judges_all_recipes_and_counts_the_wrong_ones(zoo, tmp_path):
 # ---- a real process
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_command_with_143_and_its_step_saved(home, tmp_path):
     """The signal comes once the first epoch is reported; what is saved is tested with the trainer."""
     import signal

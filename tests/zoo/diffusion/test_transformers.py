@@ -7,12 +7,14 @@ import torch
 
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
+import diffusers
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from tiny_diffusion import finish, masked_sdpa, noise
 from torch import Tensor, nn
 
+import zoo
 from zoo import ConfigError, IntegrityError, diffusion
-from zoo.diffusion import DiTModel, VideoDiTModel, create_transformer
+from zoo.diffusion import DiTModel, VideoDiTModel
 from zoo.layers.radial import radial_block_mask
 from zoo.models.dit import DiT, filter_checkpoint
 from zoo.models.video_dit import GEOMETRIES, VideoDiT
@@ -38,7 +40,7 @@ def tiny_video(**changes: object) -> VideoDiTModel:
 @pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
 def test_models_have_the_published_number_of_parameters(size, millions):
     with torch.device("meta"):
-        model = create_transformer(f"dit_{size}_2")
+        model = zoo.create_model(f"dit_{size}_2")
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) in (millions, millions + 1)
 
 
@@ -251,8 +253,9 @@ def test_geometries_are_bounded():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: create_transformer("dit_xl_3"), "'dit_xl_3'.*did you mean dit_xl_"),
-        (lambda: create_transformer("dit_s_8", colour="red"), "dit_s_8: .*colour"),
+        (lambda: zoo.create_model("dit_xl_3"), "'dit_xl_3'.*did you mean dit_xl_"),
+        (lambda: zoo.create_model("dit_s_8", colour="red"), "unknown argument 'colour' of dit_s_8"),
+        (lambda: zoo.create_model("mmdit_s", num_classes=5), "unknown argument 'num_classes' of mmdit_s"),
         (lambda: tiny_video(attention="raidal"), "'raidal'.*did you mean radial"),
         (lambda: tiny_dit(attention="globl"), "unknown attention 'globl'"),
         (lambda: tiny_video(hidden_size=20, num_heads=3), "3 heads an even width"),
@@ -262,7 +265,7 @@ def test_geometries_are_bounded():
         ),
         (lambda: tiny_video()(noise(1, 4, 8, 8), 1), r"found \(1, 4, 8, 8\)"),
     ],
-    ids=["name", "argument", "video attention", "image attention", "heads", "size", "axes"],
+    ids=["name", "argument", "classes", "video attention", "image attention", "heads", "size", "axes"],
 )
 def test_what_cannot_be_is_refused(build, message):
     with pytest.raises(ConfigError, match=message):
@@ -270,9 +273,9 @@ def test_what_cannot_be_is_refused(build, message):
 
 
 def test_every_name_is_listed_and_its_rows_exist():
-    names = diffusion.list_transformers()
+    names = zoo.list_models(task="generation")
     assert {f"dit_{s}_{p}" for s in ("s", "b", "l", "xl") for p in (2, 4, 8)} < set(names)
     assert {"video_dit_s", "video_dit_b", "video_dit_l", "video_dit_xl"} < set(names)
     with torch.device("meta"):
         for name in names:
-            assert isinstance(create_transformer(name), nn.Module)
+            assert isinstance(zoo.create_model(name), diffusers.ModelMixin)

@@ -95,6 +95,7 @@ def test_layer_decay_reaches_backbone_and_decoder():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_a_segmenter_compiles_and_exports(head):
     model = small(head).eval()

@@ -321,6 +321,7 @@ def test_low_precision_layouts_and_recomputation(name):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

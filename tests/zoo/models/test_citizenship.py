@@ -12,6 +12,10 @@ import zoo
 from zoo import ops
 
 SMALL = zoo.list_models("*_digits")
+TRACED = [
+    name if name == "nat_digits" else pytest.param(name, marks=pytest.mark.slow)
+    for name in [*SMALL, "nat_mini"]
+]
 FIXED_SIZE = {"vitrpb_small", "vitrpb_base"}
 
 
@@ -167,7 +171,7 @@ def test_low_precision_and_channels_last(name):
     assert (low.float() - exact).norm() < 0.03 * exact.norm()
 
 
-@pytest.mark.parametrize("name", [*SMALL, pytest.param("nat_mini", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TRACED)
 def test_it_compiles_to_one_graph(name):
     torch._dynamo.reset()
     model = build(name)
@@ -177,7 +181,7 @@ def test_it_compiles_to_one_graph(name):
         torch.testing.assert_close(compiled(images), model(images))
 
 
-@pytest.mark.parametrize("name", [*SMALL, "nat_mini"])
+@pytest.mark.parametrize("name", TRACED)
 def test_it_exports_with_any_batch(name):
     model = build(name)
     images = image(model)
