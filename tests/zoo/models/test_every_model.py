@@ -8,9 +8,13 @@ import torch
 import zoo
 
 SIZES = [(224, 224), (256, 320), (97, 131)]
-MANY = 100e6  # parameters from which a model is left to `-m large`
+LARGE = {
+    name
+    for pattern in ("davit_large", "davit_huge*", "davit_giant", "dinat_large*", "dinat_s_large*")
+    for name in zoo.list_models(pattern)
+}
 MODELS = [
-    pytest.param(name, marks=[pytest.mark.large] if zoo.model_info(name).params > MANY else [])
+    pytest.param(name, marks=[pytest.mark.large] if name in LARGE else [])
     for name in zoo.list_models(task="classification")
 ]
 pytestmark = pytest.mark.slow
