@@ -204,7 +204,7 @@ def build_backbone(made: Recipe, num_classes: int) -> nn.Module:
     if part.drop_path_rate is not None:
         arguments["drop_path_rate"] = part.drop_path_rate
     path = part.checkpoint
-    if path is not None and path in list_models():
+    if path is not None and path in list_models(task="classification"):
         path = read_pretrained(path)[1]
     model = create_model(
         part.name, pretrained=part.pretrained, checkpoint_path=path, num_classes=num_classes, **arguments
@@ -339,8 +339,9 @@ def _from_name(name: str) -> Trained:
     from zoo.weights.loader import read_pretrained
     from zoo.weights.manifest import entries_of
 
-    if name not in list_models():
-        near = did_you_mean(name, list_models())
+    backbones = list_models(task="classification")
+    if name not in backbones:
+        near = did_you_mean(name, backbones)
         raise ConfigError(
             f"{name!r} is neither a run folder nor a model with weights{near or '; see `zoo list`'}"
         )

@@ -44,7 +44,7 @@ def notation(default: Any, is_right: Callable[[str], bool], wanted: str) -> Any:
 def _models() -> Sequence[str]:
     from zoo import list_models
 
-    return list_models()
+    return list_models(task="classification")
 
 
 def _optimizers() -> Sequence[str]:

@@ -19,20 +19,21 @@ SPEEDS = ROOT / "scripts" / "bench" / "results" / "models_cpu.json"
 START, END = "<!-- models -->", "<!-- /models -->"
 
 
-def table() -> str:
-    """The table in Markdown, one row for each registered model."""
+def tables() -> str:
+    """All backbones and, apart, the diffusion transformers, which have other columns."""
+    return f"{backbones()}\n\n{generators()}"
+
+
+def backbones() -> str:
+    """The table in Markdown, one row for each."""
     rows = [
         "| model | params, M | MACs, G | input | top-1 | images/s | attention | paper | weights | licence |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- | --- |",
     ]
     speeds = json.loads(SPEEDS.read_text())["models"] if SPEEDS.is_file() else {}
-    for name in zoo.list_models():
+    for name in zoo.list_models(task="classification"):
         info = zoo.model_info(name)
         weights = ", ".join(map(_place, info.weights))
-        papers = ", ".join(
-            f"[{p.partition(':')[2]}](https://arxiv.org/abs/{p.partition(':')[2]})"
-            for p in info.paper.split(", ")
-        )
         cells = (
             f"`{name}`",
             f"{info.params / 1e6:.3f}",
@@ -41,12 +42,32 @@ def table() -> str:
             "" if info.top1 is None else f"{info.top1:g}",
             f"{speeds[name]['relative_images_per_s']:.2f}x" if name in speeds else "",
             info.attention,
-            papers,
+            _papers(info),
             weights,
             "" if not weights else info.licence or "not stated",
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def generators() -> str:
+    """The table in Markdown, one row for each; the input are latents."""
+    rows = [
+        "| transformer | params, M | MACs, G | latents | attention | paper |",
+        "| --- | ---: | ---: | ---: | --- | --- |",
+    ]
+    for name in zoo.list_models(task="generation"):
+        info = zoo.model_info(name)
+        size = " x ".join(map(str, info.input_size))
+        cells = f"`{name}`", f"{info.params / 1e6:.1f}", f"{info.macs / 1e9:.2f}", size
+        rows.append(f"| {' | '.join((*cells, info.attention, _papers(info)))} |")
+    return "\n".join(rows)
+
+
+def _papers(info: zoo.ModelInfo) -> str:
+    """The papers of a model, as links."""
+    numbers = (paper.partition(":")[2] for paper in info.paper.split(", "))
+    return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in numbers)
 
 
 def _place(entry: dict[str, Any]) -> str:
@@ -67,7 +88,7 @@ def main() -> int:
     text = README.read_text()
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    updated = f"{before}{START}\n{table()}\n{END}{after}"
+    updated = f"{before}{START}\n{tables()}\n{END}{after}"
     if updated == text:
         return 0
     if arguments.check:

@@ -35,10 +35,10 @@ _BUILDER_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered model: its class, its row, and its name in timm's registry."""
+    """One registered model: its class, its row, and its name in timm's registry (generators: None)."""
 
     name: str
-    timm_name: str
+    timm_name: str | None
     model: type[nn.Module]
     config: Any
     family: str
@@ -49,7 +49,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model; counts are measured on the model itself, metrics are as published."""
+    """What is known of a model; counts are measured on the model itself, metrics are as published.
+
+    `input_size` is that of an image, or of the latents of a generator: [C, height, width] or [C, T, ..].
+    """
 
     name: str
     family: str
@@ -58,7 +61,7 @@ class ModelInfo:
     paper: str
     params: int
     macs: int
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     num_classes: int
     top1: float | None = None
     weights: tuple[dict[str, Any], ...] = ()
@@ -98,6 +101,19 @@ def register_family(
         _entries[name] = entry
 
 
+def register_generators(
+    model: type[nn.Module], rows: Mapping[str, Any], *, paper: str, attention: str
+) -> None:
+    """Register every row of a family of diffusion transformers with the zoo; timm has no place for them.
+
+    `model(**fields of the row)` is the plain module and `model.example_inputs()` what its forward takes;
+    `create_model` builds the class of the same interface as diffusers' own, found in zoo/diffusion.
+    """
+    family = model.__module__.rpartition(".")[2]
+    for name, config in rows.items():
+        _entries[name] = Entry(name, None, model, config, family, paper, attention, "generation")
+
+
 def create_model(
     name: str,
     pretrained: bool | str = False,
@@ -112,12 +128,13 @@ def create_model(
     weights' leaves the classifier as initialised. `attention` builds the model's body with another mechanism
     ("neighborhood", "window" ...; `zoo.attention.swap` has them all) and `attention_kwargs` are that
     mechanism's arguments. Other arguments are the model's (drop_path_rate, dilations ...) or timm's
-    (features_only, out_indices, in_chans ...).
-    Raises: ConfigError for an unknown name or argument; IntegrityError for weights that do not fit.
+    (features_only, out_indices, in_chans ...). A name of the task "generation" gives a diffusers model.
+    Raises: ConfigError for an unknown name or argument; IntegrityError for weights that do not fit;
+        ResourceError for a generator without diffusers.
     """
     entry = _find(name)
     allowed = _arguments(entry)
-    for argument in kwargs:
+    for argument in [*kwargs, *(["num_classes"] if num_classes is not None else [])]:
         if argument not in allowed:
             raise ConfigError(
                 f"unknown argument {argument!r} of {name}; use {', '.join(sorted(allowed))}"
@@ -125,7 +142,9 @@ def create_model(
             )
     if pretrained and checkpoint_path is not None:
         raise ConfigError("give either pretrained or checkpoint_path, not both")
-    if (pretrained or checkpoint_path is not None) and kwargs.get("attention"):
+    # A generator's mechanisms share their parameters where they can; its file says whether it fits.
+    is_timm = entry.timm_name is not None
+    if is_timm and (pretrained or checkpoint_path is not None) and kwargs.get("attention"):
         raise ConfigError(
             f"weights of {name} do not fit another attention; build it without weights, "
             "then zoo.load_checkpoint(model, path, strict=False) takes the layers that are the same"
@@ -144,9 +163,14 @@ def create_model(
         from zoo.weights.loader import read_pretrained
 
         state, source = read_pretrained(name, None if pretrained is True else pretrained)
-    import timm.models
+    if is_timm:
+        import timm.models
 
-    model = timm.models.model_entrypoint(entry.timm_name)(**kwargs)
+        model = timm.models.model_entrypoint(entry.timm_name)(**kwargs)
+    else:
+        from zoo.diffusion.transformers import as_diffusers
+
+        model = as_diffusers(entry.model, {**_row(entry), **kwargs})
     if state is not None:
         _load(model, state, source, strict=True)
     return model
@@ -192,8 +216,13 @@ def model_info(name: str) -> ModelInfo:
 
     entry = _find(name)
     with torch.device("meta"):
-        model = create_model(name)
-    input_size = tuple(model.default_cfg["input_size"])
+        if entry.timm_name is None:  # the plain module, which needs no diffusers
+            model = entry.model(**_row(entry))
+            latents, *others = model.example_inputs()
+            input_size = tuple(latents.shape[1:])
+        else:
+            model, others = create_model(name), ()
+            input_size = tuple(model.default_cfg["input_size"])
     weights = entries_of(name)
     published = [w.metric["top1"] for w in weights if w.metric and "top1" in w.metric]
     return ModelInfo(
@@ -203,9 +232,9 @@ def model_info(name: str) -> ModelInfo:
         attention=entry.attention,
         paper=entry.paper,
         params=sum(parameter.numel() for parameter in model.parameters()),
-        macs=count_macs(model, input_size),
+        macs=count_macs(model, input_size, *others),
         input_size=input_size,
-        num_classes=model.num_classes,
+        num_classes=getattr(model, "num_classes", 0),
         top1=published[0] if published else None,
         weights=tuple(w.summary() for w in weights),
         licence=next((w.license for w in weights if w.license), None),
@@ -326,7 +355,14 @@ def _find(name: str) -> Entry:
 def _arguments(entry: Entry) -> set[str]:
     """Every keyword argument that the entry's model understands."""
     own = set(inspect.signature(entry.model.__init__).parameters) - {"self", "cfg"}
+    if entry.timm_name is None:
+        return own
     return own | {f.name for f in fields(entry.config)} | set(_BUILDER_ARGUMENTS)
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    """The fields of the entry's row, by name."""
+    return {f.name: getattr(entry.config, f.name) for f in fields(entry.config)}
 
 
 def _entry_point(entry: Entry) -> Callable[..., nn.Module]:

@@ -113,7 +113,11 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--at-least", type=float, help="the least ratio of every named model")
     arguments = parser.parse_args()
-    names = [name for pattern in arguments.names or ["*"] for name in zoo.list_models(pattern)]
+    names = [
+        name
+        for pattern in arguments.names or ["*"]
+        for name in zoo.list_models(pattern, task="classification")
+    ]
     if not names:
         parser.error(f"no model matches {' '.join(arguments.names)}")
     torch.manual_seed(0)

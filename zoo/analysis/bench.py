@@ -273,7 +273,7 @@ def subject(
     inside = (lambda: ops.use_backend(backend)) if backend else nullcontext
     options = {"device": device, "dtype": dtype}
     given = dict(arguments or {})
-    models = list_models()
+    models = list_models(task="classification")
     if name in OPERATIONS:
         side = 56 if size is None else size
         function, inputs, macs = OPERATIONS[name](side, batch, heads, given, options)

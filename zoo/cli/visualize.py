@@ -160,7 +160,7 @@ def _load(source: str, random: bool, size: int | None) -> tuple[nn.Module, str, 
     from zoo.recipes.data.transforms import InputSettings
     from zoo.recipes.run_folder import load_trained
 
-    ours = source in list_models()
+    ours = source in list_models(task="classification")
     if not ours and timm.is_model(source):
         options = {} if size is None else {"img_size": size}
         model = timm.create_model(source, pretrained=not random, **options)

@@ -26,13 +26,7 @@ from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
 from zoo.diffusion.pka import PKAConfig, apply_group_mask, apply_pka
 from zoo.diffusion.radial import RadialConfig, apply_radial_attention
-from zoo.diffusion.transformers import (
-    DiTModel,
-    MMDiTModel,
-    VideoDiTModel,
-    create_transformer,
-    list_transformers,
-)
+from zoo.diffusion.transformers import DiTModel, MMDiTModel, VideoDiTModel
 from zoo.layers.pka import (
     ConditionCache,
     KeywordState,
@@ -68,12 +62,10 @@ __all__ = [
     "apply_neighborhood",
     "apply_pka",
     "apply_radial_attention",
-    "create_transformer",
     "csas_timesteps",
     "find_keywords",
     "group_attention",
     "keyword_routing",
-    "list_transformers",
     "pka_attention",
     "radial_block_mask",
     "radial_token_mask",

@@ -1,27 +1,29 @@
-"""The zoo's diffusion transformers as diffusers models: they save, load, take LoRA and checkpointing alike.
+"""The zoo's diffusion transformers as diffusers models: they save, load, take LoRA and processors alike.
 
-create_transformer("video_dit_s", attention="radial") builds one by name.
+zoo.create_model("video_dit_s", attention="radial") builds one by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
-from zoo.errors import ConfigError, did_you_mean
 from zoo.models import dit, mmdit, video_dit
 
 
-class _Diffusers(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """What both models take from diffusers; names of arguments are those of its own transformers."""
+class _Diffusers(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+    """What all models take from diffusers; names of arguments are those of its own transformers.
+
+    A processor of theirs is called as `processor(attention, *arguments)` with what the attention module
+    would get; `attn_processors` names them after the blocks.
+    """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("DiTBlock", "MMDiTBlock")
@@ -127,27 +129,9 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
 
 
-_FAMILIES = ((DiTModel, dit.VARIANTS), (MMDiTModel, mmdit.VARIANTS), (VideoDiTModel, video_dit.VARIANTS))
+_MODELS = {dit.DiT: DiTModel, mmdit.MMDiT: MMDiTModel, video_dit.VideoDiT: VideoDiTModel}
 
 
-def list_transformers() -> list[str]:
-    """Names for `create_transformer`."""
-    return sorted(name for _, rows in _FAMILIES for name in rows)
-
-
-def create_transformer(name: str, **arguments: Any) -> torch.nn.Module:
-    """Build a diffusion transformer by name; arguments are the model's, `attention` among them.
-
-    Raises: ConfigError for an unknown name or argument.
-    """
-    for model, rows in _FAMILIES:
-        if name in rows:
-            given = {**asdict(rows[name]), **arguments}
-            try:
-                return model(**given)
-            except TypeError as error:
-                raise ConfigError(f"{name}: {error}") from error
-    raise ConfigError(
-        f"unknown transformer {name!r}; use {', '.join(list_transformers())}"
-        f"{did_you_mean(str(name), list_transformers())}"
-    )
+def as_diffusers(model: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """Build the diffusers model of a plain class of zoo/models."""
+    return _MODELS[model](**arguments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.attention.global_attention import GlobalAttention
 from zoo.errors import ConfigError, IntegrityError
+from zoo.registry import register_generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,34 @@ class Modulation(nn.Sequential):
         return values.unflatten(0, (-1, *(1,) * axes)).chunk(self.parts, dim=-1)
 
 
-class DiTBlock(nn.Module):
+class OwnAttention:
+    """The processor that a block begins with: its attention as it was built."""
+
+    def __call__(self, attention: nn.Module, *args: Any) -> Tensor:
+        return attention(*args)
+
+
+class Block(nn.Module):
+    """A block whose attention is called through a processor that can be exchanged, as in diffusers' models.
+
+    `processor(attention, *args)` gets the module `attn` and what its forward takes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor = OwnAttention()
+
+    def get_processor(self) -> Callable[..., Tensor]:
+        """What calls the attention."""
+        return self.processor
+
+    def set_processor(self, processor: Callable[..., Tensor]) -> None:
+        """Let `processor` call the attention from now on."""
+        self._modules.pop("processor", None)  # an old one may be a module, which a plain object cannot follow
+        self.processor = processor
+
+
+class DiTBlock(Block):
     """Attention and MLP, each behind a norm that the condition shifts and scales and a gate that it opens."""
 
     def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float) -> None:
@@ -102,7 +130,7 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, *context: Any) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = self.adaLN_modulation(condition, x.ndim - 2)
-        x = x + gate * self.attn(self.norm1(x) * (1 + scale) + shift, *context)
+        x = x + gate * self.processor(self.attn, self.norm1(x) * (1 + scale) + shift, *context)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -166,6 +194,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size, self.out_channels = patch_size, in_channels * (1 + learn_sigma)
+        self.num_classes, self.sample_shape = num_classes, (in_channels, sample_size, sample_size)
         self.x_embedder = PatchEmbed(in_channels, hidden_size, (patch_size, patch_size))
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout)
@@ -190,6 +219,15 @@ class DiT(nn.Module):
             x = run_block(self, block, x, condition)
         x = self.final_layer(x, condition).unflatten(-1, (self.patch_size, self.patch_size, -1))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of forward for one sample of the size the model is meant for, all zero."""
+        return torch.zeros(1, *self.sample_shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+
+    @staticmethod
+    def filter_checkpoint(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Published files as they are, see `filter_checkpoint` of this file."""
+        return filter_checkpoint(state)
 
 
 def image_attention(
@@ -312,3 +350,4 @@ VARIANTS = {
     for size, (depth, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
+register_generators(DiT, VARIANTS, paper="arXiv:2212.09748", attention="global")

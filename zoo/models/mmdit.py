@@ -8,6 +8,7 @@ modules; saving and loading as diffusers does is in zoo/diffusion/transformers.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from zoo.layers.pka import ConditionCache, KeywordState, dense_attention, pka_at
 from zoo.layers.tokens import TokenLayout
 from zoo.models.dit import (
     MLP,
+    Block,
     FinalLayer,
     Modulation,
     PatchEmbed,
@@ -31,10 +33,12 @@ from zoo.models.dit import (
     run_block,
 )
 from zoo.models.video_dit import clamp_window, rotate
+from zoo.registry import register_generators
 
 ATTENTIONS = ("global", "neighborhood")
 QKV = tuple[Tensor, Tensor, Tensor]
 Angles = tuple[Tensor, Tensor]
+Settings = Mapping[str, Any] | None  # arguments of `pka_attention`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,47 @@ class Stream(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale) + shift)
 
 
-class MMDiTBlock(nn.Module):
+class JointAttention(nn.Module):
+    """Attention over [text, image, conditions], without projections: these belong to the streams.
+
+    With `settings` there are conditions among keys and values; without, `attention` says what the image sees
+    of itself.
+    """
+
+    def __init__(self, attention: str, kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.attention, self.kwargs = attention, dict(kwargs)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, settings: Settings
+    ) -> Tensor:
+        """All [B, N, H, D]."""
+        if settings is not None:
+            return pka_attention(query, key, value, layout, **settings)
+        if self.attention == "neighborhood" and layout.image > 1:
+            return self.near(query, key, value, layout)
+        return dense_attention(query, key, value, None)
+
+    def near(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
+        """Image tokens see their neighborhood and the text, text tokens see all; [B, N, H, D]."""
+        axes = [i for i, n in enumerate(layout.grid) if n > 1]
+        grid = [layout.grid[i] for i in axes]
+        text, window = layout.text, clamp_window(layout.grid, axes, self.kwargs)
+        maps = (x[:, text:].unflatten(1, grid) for x in (query, key, value))
+        near = ops.neighborhood_attention(*maps, **window, extra_k=key[:, :text], extra_v=value[:, :text])
+        return torch.cat([dense_attention(query[:, :text], key, value, None), near.flatten(1, -3)], dim=1)
+
+    def macs(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, settings: Settings) -> int:
+        """Multiply-adds of both products, without conditions."""
+        pairs = layout.tokens**2
+        if self.attention == "neighborhood" and layout.image > 1:
+            axes = [i for i, n in enumerate(layout.grid) if n > 1]
+            window = math.prod(clamp_window(layout.grid, axes, self.kwargs)["kernel_size"])
+            pairs = layout.text * layout.tokens + layout.image * (window + layout.text)
+        return 2 * len(query) * pairs * query.shape[2] * query.shape[3]
+
+
+class MMDiTBlock(Block):
     """One stream for the text, one for the image and its conditions."""
 
     def __init__(
@@ -84,7 +128,7 @@ class MMDiTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.text, self.image = (Stream(dim, num_heads, mlp_ratio) for _ in range(2))
-        self.attention, self.kwargs = attention, dict(kwargs)
+        self.attn = JointAttention(attention, kwargs)
 
     def forward(
         self,
@@ -106,27 +150,14 @@ class MMDiTBlock(nn.Module):
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
         if extra is not None:
             key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), extra, strict=True))
-            out = pka_attention(query, key, value, layout, **settings)
             if look is not None:
                 look(image_qkv[0], text_qkv[1])
-        elif self.attention == "neighborhood" and layout.image > 1:
-            out = self.near(query, key, value, layout)
-        else:
-            out = dense_attention(query, key, value, None)
+        out = self.processor(self.attn, query, key, value, layout, None if extra is None else settings)
         text_out, image_out = out[:, : layout.text], out[:, layout.text :]
         return (
             self.image.after(image, image_out, image_modulation),
             self.text.after(text, text_out, text_modulation),
         )
-
-    def near(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
-        """Image tokens see their neighborhood and the text, text tokens see all; [B, N, H, D]."""
-        axes = [i for i, n in enumerate(layout.grid) if n > 1]
-        grid = [layout.grid[i] for i in axes]
-        text, window = layout.text, clamp_window(layout.grid, axes, self.kwargs)
-        maps = (x[:, text:].unflatten(1, grid) for x in (query, key, value))
-        near = ops.neighborhood_attention(*maps, **window, extra_k=key[:, :text], extra_v=value[:, :text])
-        return torch.cat([dense_attention(query[:, :text], key, value, None), near.flatten(1, -3)], dim=1)
 
     def on_its_own(self, x: Tensor, condition: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """One step of a condition, which sees itself alone; and its keys and values for the image."""
@@ -225,6 +256,12 @@ class MMDiT(nn.Module):
         x = x.unflatten(-1, (self.patch_size, self.patch_size, -1))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of forward for an image of 512 x 512 pixels behind a usual VAE and a prompt, all zero."""
+        latents = torch.zeros(1, self.x_embedder.proj.in_channels, 64, 64)
+        text = torch.zeros(1, 77, self.text_embedder.in_features)
+        return latents, torch.zeros(1), text, torch.zeros(1, self.pooled_embedder[0].in_features)
+
     def layout_of(
         self, layout: TokenLayout, spatial: Sequence[Tensor], subjects: Sequence[Tensor]
     ) -> TokenLayout:
@@ -282,3 +319,6 @@ VARIANTS = {
         "s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (24, 1536, 24)
     }.items()
 }  # fmt: skip
+register_generators(
+    MMDiT, VARIANTS, paper="arXiv:2403.03206, arXiv:2602.06850", attention="global, neighborhood, PKA"
+)

@@ -7,6 +7,7 @@ text is read by cross-attention. Self-attention is global, radial (arXiv:2506.19
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from zoo.models.dit import (
     per_sample,
     run_block,
 )
+from zoo.registry import register_generators
 
 ATTENTIONS = ("global", "radial", "neighborhood")
 GEOMETRIES = 16  # of which a model keeps the lists of blocks
@@ -90,6 +92,18 @@ class VideoAttention(nn.Module):
             out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return out.unflatten(1, grid)
 
+    def macs(self, x: Tensor, rotary: Any, lists: ops.BlockList | None, text: Tensor | None) -> int:
+        """Multiply-adds of both products of self-attention for these arguments of forward."""
+        batch, *grid, channels = x.shape
+        tokens = math.prod(grid)
+        pairs = tokens**2
+        if lists is not None:
+            pairs = min(pairs, lists.indices.shape[-1] * lists.query_size * lists.key_size)
+        elif self.attention == "neighborhood":
+            axes = [i for i, n in enumerate(grid) if n > 1]
+            pairs = tokens * math.prod(clamp_window(grid, axes, self.kwargs)["kernel_size"])
+        return 2 * batch * pairs * channels
+
 
 class CrossAttention(nn.Module):
     """What a token reads from the text."""
@@ -104,6 +118,10 @@ class CrossAttention(nn.Module):
         k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2)).view(x.shape)
+
+    def macs(self, x: Tensor, text: Tensor) -> int:
+        """Multiply-adds of both products for these arguments of forward."""
+        return 2 * x.numel() * text.shape[1]
 
 
 class VideoDiT(nn.Module):
@@ -167,6 +185,11 @@ class VideoDiT(nn.Module):
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T, pt, Y, py, X, px]
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of forward for 33 frames of 256 x 256 pixels behind a usual VAE, all zero."""
+        text = [] if self.text_embedder is None else [torch.zeros(1, 77, self.text_embedder.in_features)]
+        return torch.zeros(1, self.x_embedder.proj.in_channels, 9, 32, 32), torch.zeros(1), *text
+
     def lists_of(self, grid: tuple[int, int, int], device: torch.device) -> ops.BlockList | None:
         """Which blocks see which, made once for each geometry; None where all see all."""
         if self.attention != "radial":
@@ -226,3 +249,6 @@ VARIANTS = {
         "s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)
     }.items()
 }  # fmt: skip
+register_generators(
+    VideoDiT, VARIANTS, paper="arXiv:2212.09748, arXiv:2506.19852", attention="global, radial, neighborhood"
+)

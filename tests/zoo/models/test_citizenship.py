@@ -29,7 +29,7 @@ def image(model: nn.Module, batch: int = 2, *, height: int | None = None, width:
     return torch.randn(batch, channels, height or rows, width or columns)
 
 
-@pytest.mark.parametrize("name", zoo.list_models())
+@pytest.mark.parametrize("name", zoo.list_models(task="classification"))
 def test_timm_knows_it_with_a_complete_configuration(name):
     with torch.device("meta"):
         model = timm.create_model(name if timm.is_model(name) else f"zoo_{name}")
@@ -41,7 +41,7 @@ def test_timm_knows_it_with_a_complete_configuration(name):
     assert len(cfg["mean"]) == len(cfg["std"]) == 3
 
 
-@pytest.mark.parametrize("name", zoo.list_models())
+@pytest.mark.parametrize("name", zoo.list_models(task="classification"))
 def test_layer_decay_sees_as_many_layers_as_there_are(name):
     with torch.device("meta"):
         model = zoo.create_model(name)
