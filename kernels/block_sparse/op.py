@@ -191,7 +191,8 @@ def _cpu_why_not(call: Call) -> str | None:
 def _describe_triton(call: Call) -> str:
     from zoo.kernels.block_sparse import triton
 
-    return triton.describe(call.q, call.v, call.blocks.query_size, call.blocks.key_size)
+    blocks, biased = call.blocks, call.bias is not None
+    return triton.describe(call.q, call.v, blocks.query_size, blocks.key_size, biased)
 
 
 dispatch.OPERATIONS[OP] = (

@@ -43,9 +43,9 @@ def backward(
     return (*grads, dbias)
 
 
-def describe(q: Tensor, v: Tensor, query_size: int, key_size: int) -> str:
+def describe(q: Tensor, v: Tensor, query_size: int, key_size: int, biased: bool) -> str:
     """How a call would be computed, in words."""
-    config = launch.config_of("forward", q, v)
+    config = launch.config_of("forward", q, v, biased)
     queries, keys = tile_size(config.queries, query_size), tile_size(config.keys, key_size)
     return f"tiles of {queries} queries and {keys} keys, {config.warps} warps, {config.stages} stages"
 

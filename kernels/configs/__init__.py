@@ -1,8 +1,8 @@
 """Tile sizes and launch options of the kernels, one table for each architecture.
 
-`<arch>.json` maps a kernel to bytes per number, to the head width (padded to a power of two), to
-[queries in a tile, keys in a tile, warps, stages]. A test compiles what models launch and refuses a kernel
-that spills in 16 bit or does not fit the shared memory.
+`<arch>.json` maps a kernel, with and without a bias, to bytes per number, to the head width (padded to a
+power of two), to [queries in a tile, keys in a tile, warps, stages]. A test compiles what models launch and
+refuses a kernel that spills or does not fit the shared memory.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
 def _describe_triton(call: Call) -> str:
     from zoo.kernels.neighborhood import triton
 
-    return triton.describe(call.axes, call.q, call.v)
+    return triton.describe(call.axes, call.q, call.v, call.rpb is not None)
 
 
 dispatch.OPERATIONS[OP] = (

@@ -75,9 +75,9 @@ def backward(
     return grads
 
 
-def describe(axes: tuple[Axis, ...], q: Tensor, v: Tensor) -> str:
+def describe(axes: tuple[Axis, ...], q: Tensor, v: Tensor, biased: bool) -> str:
     """How a grid would be computed, in words."""
-    config = launch.config_of("forward", q, v)
+    config = launch.config_of("forward", q, v, biased)
     shape = _tiling(axes)(config.queries, config.keys).shape
     rank = len(axes)
     sides = ["x".join(map(str, shape[end - rank : end])) for end in (5, 8)]

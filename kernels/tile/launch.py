@@ -51,9 +51,10 @@ def tile_size(wanted: int, tokens: int) -> int:
     return max(16, min(wanted, triton.next_power_of_2(tokens)))
 
 
-def config_of(kernel: str, q: Tensor, v: Tensor) -> Config:
+def config_of(kernel: str, q: Tensor, v: Tensor, biased: bool = False) -> Config:
     """The tile size and launch options of a kernel for these tensors on their device."""
     width = max(_padded(q.shape[-1]), _padded(v.shape[-1]))
+    kernel = f"{kernel} with bias" if biased else kernel
     return choose(kernel, _architecture(q.device), width, q.element_size())
 
 
@@ -71,7 +72,7 @@ def forward(
     batch, queries, heads, _ = q.shape
     out = q.new_empty(batch, queries, heads, v.shape[-1], dtype=out_dtype)
     lse = q.new_empty(batch, queries, heads, dtype=_sums(q))
-    config = config_of("forward", q, v)
+    config = config_of("forward", q, v, bias.function is not None)
     policy = tiling(config.queries, config.keys)
     launch(
         kernels.forward_kernel, policy.query_tiles * batch * heads, config, q,
@@ -104,7 +105,7 @@ def backward(
     rows = q.new_empty(2, batch, heads, queries, dtype=_sums(q))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scales = (*exact(scale * LOG2_E), *exact(scale))
-    config = config_of("dq", q, v)
+    config = config_of("dq", q, v, bias.function is not None)
     policy = tiling(config.queries, config.keys)
     launch(
         kernels.dq_kernel, policy.query_tiles * batch * heads, config, q,
@@ -115,7 +116,7 @@ def backward(
         KEYS_OF=policy.keys_of, VISIT=policy.visit_k, ALLOW=policy.allow, BIAS=bias.function,
         TQ=policy.shape[0], **constants(q, v),
     )  # fmt: skip
-    config = config_of("dkv", q, v)
+    config = config_of("dkv", q, v, bias.function is not None)
     policy = tiling(config.queries, config.keys)
     launch(
         kernels.dkv_kernel, policy.key_tiles * batch * k.shape[2], config, q,

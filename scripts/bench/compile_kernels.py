@@ -3,6 +3,9 @@
     python scripts/bench/compile_kernels.py sm_90              every case, as JSON on standard output
     python scripts/bench/compile_kernels.py sm_90 blocks       the cases whose names begin so
     python scripts/bench/compile_kernels.py sm_90 --choose     write kernels/configs/sm_90.json
+    python scripts/bench/compile_kernels.py --budget           every case for every architecture: write
+                                                               tests/aot/budget.json, kernels/README.md
+    python scripts/bench/compile_kernels.py --check            the same, only compared with what is there
 
 The launchers run as users run them, on CPU tensors; only the launch itself is replaced. `--choose` takes for
 every kernel, width and dtype the first tile size of `WISHES` that neither spills a register nor exceeds the
@@ -13,19 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from without_gpu import NoDevice, compiling, on_a_device
 
 from zoo import ops
 from zoo.kernels import configs
@@ -36,110 +39,92 @@ from zoo.kernels.neighborhood.geometry import Axis
 from zoo.kernels.tile import launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MATRIX = ("UTCHMMA", "HGMMA", "HMMA")  # tensor-core instructions of sm_100, sm_90, sm_80
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET, README = ROOT / "tests" / "aot" / "budget.json", ROOT / "kernels" / "README.md"
+MATRIX = re.compile(r"\b(?:UTC\w*MMA|HGMMA|HMMA|v_mfma\w*)\b")  # on sm_100, sm_90, sm_80, gfx942
 # Bytes of shared memory that a program can have; the table of sm_80 also serves 8.6 and 8.9, which have less.
+BUDGETED = ("sm_80", "sm_90", "sm_100", "gfx942")
+BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
 SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 
 # Best guesses first: queries and keys in a tile, warps, stages. By bytes per number.
 WISHES = {
     "forward": {
-        2: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)],
-        4: [(64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 4, 1)],
+        2: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 1), (64, 32, 4, 2),
+            (64, 32, 8, 1), (32, 32, 4, 1)],
+        4: [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1),
+            (16, 16, 8, 1), (16, 16, 4, 1)],
     },
     "dq": {
-        2: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1)],
-        4: [(64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 4, 1)],
+        2: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 1), (32, 32, 4, 1),
+            (16, 32, 4, 1)],
+        4: [(64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
     },
     "dkv": {
-        2: [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1), (16, 32, 4, 1)],
-        4: [(32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
+        2: [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1),
+            (16, 32, 4, 1)],
+        4: [(32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
     },
     "dtable": {
         2: [(64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1)],
-        4: [(64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
+        4: [(64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
     },
     "drelative": {
         2: [(64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 4, 1)],
-        4: [(32, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)],
+        4: [(32, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
     },
-}
+}  # fmt: skip
+for _name in ("forward", "dq", "dkv"):
+    WISHES[f"{_name} with bias"] = WISHES[_name]
 WIDTHS = (32, 64, 128, 256)
 
 
-# Compiling instead of launching ----------------------------------------------------------------------------
-
-
-class NoDevice:
-    """Answers what Triton asks a driver before a launch."""
-
-    def __init__(self, architecture: str) -> None:
-        if architecture.startswith("sm_"):
-            self.target = GPUTarget("cuda", int(architecture[3:]), 32)
-        else:
-            self.target = GPUTarget("hip", architecture, 64)
-
-    def get_current_target(self) -> GPUTarget:
-        """Return what to compile for."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """Return the number of the only device."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """Return a stream that nothing is sent to."""
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        """Return where the tensors are."""
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        """Return a type's name for a launcher that is never built."""
-        return name
-
-
-@contextmanager
-def compiling(only: str | None = None) -> Iterator[list[tuple[str, dict, object]]]:
-    """Turn every launch into a compilation; the list receives (kernel, launch options, what was compiled)."""
-    compiled, run = [], triton.JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **options):
-        name = self.fn.__name__.removesuffix("_kernel")
-        if only in (None, name):
-            compiled.append((name, options, run(self, *args, grid=grid, warmup=True, **options)))
-
-    triton.JITFunction.run = compile_only
-    try:
-        yield compiled
-    finally:
-        triton.JITFunction.run = run
+# What a kernel costs ----------------------------------------------------------------------------------------
 
 
 def cost(kernel) -> dict[str, int]:
-    """Registers of a thread, spills in bytes, shared memory in bytes, matrix instructions."""
+    """Registers of a thread, spills in bytes, shared memory in bytes, matrix instructions, all instructions
+    of the hot loop."""
     if "amdgcn" in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        read = lambda name: int(re.search(rf"{name}:?\s*(\d+)", text)[1])  # noqa: E731
-        spills = read(r"\.vgpr_spill_count") * 4
-        return {
-            "registers": read(r"\.vgpr_count"),
-            "spills": spills,
-            "shared": kernel.metadata.shared,
-            "matrix": text.count("v_mfma"),
-        }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        code = kernel.asm["amdgcn"]
+        read = lambda name: int(re.search(rf"{name}:?\s*(\d+)", code)[1])  # noqa: E731
+        registers, spills = read(r"\.vgpr_count"), read(r"\.vgpr_spill_count") * 4
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+            code = _tool("nvdisasm", "-c", file.name)
+        registers, spills = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return {
-        "registers": int(registers),
-        "spills": int(stack),
+        "registers": registers,
+        "spills": spills,
         "shared": kernel.metadata.shared,
-        "matrix": sum(len(re.findall(rf"\b{name}\b", code)) for name in MATRIX),
+        "matrix": len(MATRIX.findall(code)),
+        "loop": hot_loop(code),
     }
+
+
+def hot_loop(code: str) -> int:
+    """Instructions of the innermost loop that has the most matrix instructions; 0 where no loop has any."""
+    labels, places, jumps, matrix = {}, 0, [], []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = places
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/|\s+[sv]_|\s+(?:ds|global|buffer|flat)_", line):
+            if jump := re.search(r"(?:BRA|s_c?branch).*?(\.L\w+)", line):
+                jumps.append((places, jump[1]))
+            matrix.append(bool(MATRIX.search(line)))
+            places += 1
+    loops = [(labels[label], end + 1) for end, label in jumps if labels.get(label, places) <= end]
+    inner = [
+        (begin, end)
+        for begin, end in loops
+        if any(matrix[begin:end])
+        and not any(begin <= b and e <= end and (b, e) != (begin, end) and any(matrix[b:e]) for b, e in loops)
+    ]
+    begin, end = max(inner, key=lambda loop: (sum(matrix[slice(*loop)]), loop[0] - loop[1]), default=(0, 0))
+    return end - begin
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -191,6 +176,13 @@ def near(
     neighborhood.backward(out, None, q, k, v, rpb, *more, out, lse, axes, 0.1, biased)
 
 
+def windows(width: int, size: int, *, biased: bool = True, shift: int = 0) -> None:
+    """Window attention, forward and backward."""
+    q, k, v = (torch.zeros(1, 8 * size, 8 * size, 2, width, dtype=torch.bfloat16, requires_grad=True),) * 3
+    bias = torch.zeros(2, size**2, size**2, requires_grad=True) if biased else None
+    ops.window_attention(q, k, v, size, shift=shift, bias=bias).sum().backward()
+
+
 NAT = (Axis(56, 7), Axis(56, 7))
 DILATED = (Axis(56, 7, 8), Axis(56, 7, 8))
 IMAGE = (Axis(64, 25, 1, 8), Axis(64, 25, 1, 8))
@@ -211,10 +203,22 @@ CASES: dict[str, Callable[[], None]] = {
     "neighborhood 64x64, 128 wide, with extra keys": lambda: near(128, IMAGE, extra=True),
     "neighborhood 13x30x52, 128 wide": lambda: near(128, VIDEO),
     "neighborhood 4096, 64 wide": lambda: near(64, SOUND),
+    "windows of 7x7, 32 wide, with bias": lambda: windows(32, 7, shift=3),
+    "windows of 8x8, 64 wide": lambda: windows(64, 8, biased=False),
 }
+# What the table of kernels/README.md shows.
+MAIN = (
+    "blocks of 128, 64 wide",
+    "blocks of 128, 128 wide",
+    "segments, 64 wide",
+    "neighborhood 56x56, 32 wide, with bias",
+    "neighborhood 13x30x52, 128 wide",
+    "windows of 7x7, 32 wide, with bias",
+)
 # What needs the most registers, by kernel.
 HUNGRY = {
     **dict.fromkeys(WISHES, lambda width, dtype: near(width, NAT, dtype, biased=True)),
+    **dict.fromkeys(("forward", "dq", "dkv"), lambda width, dtype: near(width, VIDEO, dtype)),
     "dtable": lambda width, dtype: blocks(width, 128, dtype, biased=True),
 }
 
@@ -225,11 +229,13 @@ def report(wanted: list[str]) -> dict[str, dict[str, object]]:
     for name, run in CASES.items():
         if wanted and not any(name.startswith(part) for part in wanted):
             continue
-        with compiling() as compiled:
+        with compiling() as compiled, on_a_device():
             run()
         for kernel, options, result in compiled:
             row = {"warps": options["num_warps"], "stages": options["num_stages"], **cost(result)}
-            same = sum(key.startswith(f"{name}: {kernel}") for key in table)
+            same = sum(
+                re.fullmatch(re.escape(f"{name}: {kernel}") + r"( \d+)?", key) is not None for key in table
+            )
             table[f"{name}: {kernel}" + (f" {same + 1}" if same else "")] = row
     return table
 
@@ -254,7 +260,7 @@ def _fits(
     found = launch.choose
     launch.choose = lambda *key: configs.Config(*wish)
     try:
-        with compiling(kernel) as compiled:
+        with compiling(kernel.removesuffix(" with bias")) as compiled:
             HUNGRY[kernel](width, dtype)
     except triton.runtime.errors.OutOfResources:
         return False
@@ -266,23 +272,109 @@ def _fits(
     )
 
 
-def main() -> None:
-    """Print the report, or choose and write the table of configurations."""
+# The budget and its table -----------------------------------------------------------------------------------
+
+
+def measure_all() -> dict[str, object]:
+    """What every case costs on every architecture, each in a process of its own."""
+    costs = {}
+    for architecture in BUDGETED:
+        print(f"compiling for {architecture}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-W", "ignore", __file__, architecture]
+        environment = {**os.environ, "TRITON_INTERPRET": "0"}
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        costs[architecture] = json.loads(answer.stdout)
+    return {"triton": triton.__version__, "costs": costs}
+
+
+def as_json(budget: dict[str, object]) -> str:
+    """The budget, one kernel in a line."""
+    parts = []
+    for architecture, rows in budget["costs"].items():
+        lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        parts.append(f"  {json.dumps(architecture)}: {{\n{lines}\n  }}")
+    costs = ",\n".join(parts)
+    return f'{{\n "triton": {json.dumps(budget["triton"])},\n "costs": {{\n{costs}\n }}\n}}\n'
+
+
+def as_table(budget: dict[str, object]) -> str:
+    """The main policies as a Markdown table: registers, shared memory, matrix instructions, hot loop."""
+    costs = budget["costs"]
+    lines = [
+        f"| kernel | {' | '.join(costs)} |",
+        f"| --- |{' --- |' * len(costs)}",
+    ]
+    for name in next(iter(costs.values())):
+        if name.partition(": ")[0] in MAIN:
+            rows = (costs[architecture].get(name) for architecture in costs)
+            lines.append(f"| {name} | {' | '.join(map(_cell, rows))} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, int] | None) -> str:
+    if row is None:
+        return "-"
+    spilled = f", {row['spills']} B spilled" if row["spills"] else ""
+    memory = f"{row['shared'] / 1024:.0f} KB"
+    return f"{row['registers']} / {memory} / {row['matrix']} / {row['loop'] or '-'}{spilled}"
+
+
+def with_table(text: str, budget: dict[str, object]) -> str:
+    """The text with the table of the budget between its two marks."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    said = f"Triton {budget['triton']}, `python scripts/bench/compile_kernels.py --budget`:"
+    return f"{head}{BEGIN}\n{said}\n\n{as_table(budget)}\n{END}{tail}"
+
+
+def check_budget(found: dict[str, object]) -> list[str]:
+    """What differs between the figures found and the committed ones."""
+    known = json.loads(BUDGET.read_text())
+    if known["triton"] != found["triton"]:
+        return [f"the budget was made with Triton {known['triton']}, this is {found['triton']}"]
+    differences = []
+    for architecture, rows in found["costs"].items():
+        committed = known["costs"].get(architecture, {})
+        for name in dict.fromkeys([*rows, *committed]):
+            if rows.get(name) != committed.get(name):
+                differences.append(f"{architecture}, {name}: {committed.get(name)} became {rows.get(name)}")
+    text = README.read_text()
+    if with_table(text, known) != text:
+        differences.append("the table of kernels/README.md is not that of the budget")
+    return differences
+
+
+def main() -> int:
+    """Print the report, or choose and write the table of configurations, or write or check the budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("architecture", choices=SHARED)
+    parser.add_argument("architecture", nargs="?", choices=SHARED)
     parser.add_argument("cases", nargs="*", help="beginnings of names of cases; all without any")
     parser.add_argument("--choose", action="store_true", help="write the table of configurations")
+    parser.add_argument("--budget", action="store_true", help="write the budget and the table of the README")
+    parser.add_argument("--check", action="store_true", help="compare them; status 1 where they differ")
     arguments = parser.parse_args()
+    if arguments.budget or arguments.check:
+        found = measure_all()
+        if arguments.check:
+            differences = check_budget(found)
+            print("\n".join(differences) or "as committed")
+            return int(bool(differences))
+        BUDGET.write_text(as_json(found))
+        README.write_text(with_table(README.read_text(), found))
+        return 0
+    if arguments.architecture is None:
+        parser.error(f"name an architecture ({', '.join(SHARED)}), or --budget or --check for all")
     driver.set_active(NoDevice(arguments.architecture))
     if not arguments.choose:
         json.dump(report(arguments.cases), sys.stdout, indent=1)
-        return
+        return 0
     provenance = f"the first that fits, compiled with Triton {triton.__version__}; not yet timed on a GPU"
     text = json.dumps({"provenance": provenance, "configurations": choose(arguments.architecture)}, indent=1)
     # The numbers of one configuration stay in a line.
     text = re.sub(r"\[[^\]]*\]", lambda found: " ".join(found[0].split()), text)
     (Path(configs.__file__).parent / f"{arguments.architecture}.json").write_text(text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

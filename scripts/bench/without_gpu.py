@@ -1,0 +1,82 @@
+"""Let the Triton backends run on a machine without a GPU up to the launch, which only compiles.
+
+Public operations run as users run them, on CPU tensors; what they would launch is compiled for the
+architecture of `NoDevice`. One process for each architecture: Triton caches kernels by device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from zoo import ops  # noqa: F401  fills the tables of backends
+from zoo.kernels import dispatch, tile
+
+
+class NoDevice:
+    """Answers what Triton asks a driver before a launch."""
+
+    def __init__(self, architecture: str) -> None:
+        if architecture.startswith("sm_"):
+            self.target = GPUTarget("cuda", int(architecture[3:]), 32)
+        else:
+            self.target = GPUTarget("hip", architecture, 64)
+
+    def get_current_target(self) -> GPUTarget:
+        """Return what to compile for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """Return the number of the only device."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Return a stream that nothing is sent to."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """Return where the tensors are."""
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        """Return a type's name for a launcher that is never built."""
+        return name
+
+
+@contextmanager
+def compiling(only: str | None = None) -> Iterator[list[tuple[str, dict, object]]]:
+    """Turn every launch into a compilation; the list receives (kernel, launch options, what was compiled)."""
+    compiled, run = [], triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        name = self.fn.__name__.removesuffix("_kernel")
+        if only in (None, name):
+            compiled.append((name, options, run(self, *args, grid=grid, warmup=True, **options)))
+
+    with mock.patch.object(triton.JITFunction, "run", compile_only):
+        yield compiled
+
+
+@contextmanager
+def on_a_device() -> Iterator[None]:
+    """Let operations believe that there is a GPU and that it holds their tensors; they run Triton or refuse.
+
+    What else a backend asks of a call (the size of a window, the width of a head) it still asks.
+    """
+    tables = {
+        op: tuple(replace(backend, missing=lambda: None) for backend in table if backend.name == "triton")
+        for op, table in dispatch.OPERATIONS.items()
+    }
+    with mock.patch.object(tile, "why_not", lambda q, v: None), mock.patch.dict(dispatch.OPERATIONS, tables):
+        yield
+
+
+def triton_operations() -> list[str]:
+    """The operations that have a Triton backend."""
+    return [op for op, table in dispatch.OPERATIONS.items() if any(b.name == "triton" for b in table)]
