@@ -23,8 +23,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 class Tiny:
     """How to build a model, the arguments of its forward and of its pipeline, and where its tokens lie.
 
-    `small` and `large` are (frames, rows, columns) or (rows, columns) in tokens; `text` counts the text
-    tokens of joint attention and `text_last` says where they are.
+    `small`, `large`, `odd` and `single` (one frame or one row) are (frames, rows, columns) or (rows, columns)
+    in tokens; `text` counts the text tokens of joint attention and `text_last` says where they are.
     """
 
     name: str
@@ -35,6 +35,8 @@ class Tiny:
     size: Callable[..., dict[str, int]]
     small: tuple[int, ...] = (5, 4, 4)
     large: tuple[int, ...] = (3, 4, 6)
+    odd: tuple[int, ...] = (4, 3, 5)
+    single: tuple[int, ...] = (1, 3, 5)
     text: int = 0
     text_last: bool = False
     guidance: dict[str, Any] = field(default_factory=dict)  # what makes the pipeline use guidance
@@ -220,7 +222,8 @@ def mochi_pipe(layers: int = 2) -> Any:
 # CogVideoX -------------------------------------------------------------------------------------------------
 
 
-def build_cogvideox(layers: int = 2) -> nn.Module:
+def build_cogvideox(layers: int = 2, *, rotary: bool = True) -> nn.Module:
+    """Positions are rotary, as in the model of 5 B parameters, or added to the tokens, as in that of 2 B."""
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
@@ -229,28 +232,28 @@ def build_cogvideox(layers: int = 2) -> nn.Module:
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
             text_embed_dim=16, num_layers=layers, sample_width=12, sample_height=8, sample_frames=17,
             patch_size=2, temporal_compression_ratio=4, max_text_seq_length=TEXT,
-            use_rotary_positional_embeddings=True,
+            use_rotary_positional_embeddings=rotary,
         )
     )  # fmt: skip
 
 
 def cogvideox_inputs(
-    grid: tuple[int, ...] = (3, 4, 4), *, batch: int = 2, timestep: float = 900.0
+    grid: tuple[int, ...] = (3, 4, 4), *, batch: int = 2, timestep: float = 900.0, rotary: bool = True
 ) -> dict[str, Any]:
     arguments = video_inputs(grid, (1, 2, 2), 4, 16, batch=batch, timestep=timestep)
     angles = 3 * noise(grid[0] * grid[1] * grid[2], 8).repeat_interleave(2, dim=1)
     return {
         **arguments,
         "hidden_states": arguments["hidden_states"].transpose(1, 2),
-        "image_rotary_emb": (angles.cos(), angles.sin()),
+        "image_rotary_emb": (angles.cos(), angles.sin()) if rotary else None,
     }
 
 
-def cogvideox_pipe(layers: int = 2) -> Any:
+def cogvideox_pipe(layers: int = 2, *, rotary: bool = True) -> Any:
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
     return CogVideoXPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=build_cogvideox(layers),
+        tokenizer=None, text_encoder=None, vae=None, transformer=build_cogvideox(layers, rotary=rotary),
         scheduler=CogVideoXDDIMScheduler(),
     )  # fmt: skip
 
@@ -341,6 +344,43 @@ def image_size(rows: int, columns: int) -> dict[str, int]:
     return {"height": rows * 16, "width": columns * 16}
 
 
+# PixArt ----------------------------------------------------------------------------------------------------
+
+
+def build_pixart(layers: int = 2) -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    return finish(
+        PixArtTransformer2DModel(
+            sample_size=16, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+            num_layers=layers, cross_attention_dim=16, caption_channels=16, use_additional_conditions=False,
+        )
+    )  # fmt: skip
+
+
+def pixart_inputs(
+    grid: tuple[int, ...] = (5, 6), *, batch: int = 2, timestep: float = 900.0
+) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(batch, 4, 2 * grid[0], 2 * grid[1]),
+        "encoder_hidden_states": noise(batch, TEXT, 16, seed=1),
+        "encoder_attention_mask": torch.arange(TEXT)[None].repeat(batch, 1) < TEXT - 2,
+        "timestep": torch.full((batch,), timestep),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "return_dict": False,
+    }
+
+
+def pixart_pipe(layers: int = 2) -> Any:
+    from diffusers import DDIMScheduler, PixArtSigmaPipeline
+
+    return PixArtSigmaPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=build_pixart(layers),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )  # fmt: skip
+
+
 # Qwen-Image ------------------------------------------------------------------------------------------------
 
 
@@ -422,7 +462,7 @@ def flux_pipe(layers: int = 1) -> Any:
 # Stable Diffusion ------------------------------------------------------------------------------------------
 
 
-def build_unet(layers: int = 1, *, xl: bool = False) -> nn.Module:
+def build_unet(layers: int = 1, *, xl: bool = False, **config: Any) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -436,7 +476,7 @@ def build_unet(layers: int = 1, *, xl: bool = False) -> nn.Module:
         UNet2DConditionModel(
             sample_size=16, in_channels=4, out_channels=4, layers_per_block=layers,
             block_out_channels=(8, 16, 16), norm_num_groups=4, down_block_types=down, up_block_types=up,
-            cross_attention_dim=16, attention_head_dim=2, **more,
+            cross_attention_dim=16, **{"attention_head_dim": 2, **more, **config},
         )
     )  # fmt: skip
 
@@ -454,14 +494,14 @@ def unet_inputs(
     }
 
 
-def sd_pipe(layers: int = 1, *, xl: bool = False) -> Any:
+def sd_pipe(layers: int = 1, *, xl: bool = False, **config: Any) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     nothing = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
     parts = {
         **nothing,
         "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
-        "unet": build_unet(layers, xl=xl),
+        "unet": build_unet(layers, xl=xl, **config),
     }
     if xl:
         return StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
@@ -487,31 +527,52 @@ COGVIDEOX = Tiny(
     "cogvideox", build_cogvideox, cogvideox_inputs, cogvideox_pipe, lambda: embeds(16), video_size, text=TEXT,
     guidance={"guidance_scale": 3.0},
 )  # fmt: skip
+COGVIDEOX_2B = Tiny(
+    "cogvideox-2b", lambda layers=2: build_cogvideox(layers, rotary=False),
+    lambda *args, **kwargs: cogvideox_inputs(*args, **kwargs, rotary=False),
+    lambda layers=2: cogvideox_pipe(layers, rotary=False), lambda: embeds(16), video_size,
+    text=TEXT, guidance={"guidance_scale": 3.0},
+)  # fmt: skip
 LTX = Tiny(
     "ltx", build_ltx, ltx_inputs, ltx_pipe, lambda: {**embeds(16), **masks()},
     lambda *grid: video_size(*grid, pixels=32, per_frame=8), guidance={"guidance_scale": 3.0},
 )  # fmt: skip
+
+IMAGE = {"small": (5, 6), "large": (7, 4), "odd": (3, 7), "single": (1, 9)}
 SD3 = Tiny(
-    "sd3", build_sd3, sd3_inputs, sd3_pipe, pooled_prompt, image_size, small=(5, 6), large=(7, 4), text=TEXT,
-    text_last=True, guidance={"guidance_scale": 3.0},
+    "sd3", build_sd3, sd3_inputs, sd3_pipe, pooled_prompt, image_size, **IMAGE, text=TEXT, text_last=True,
+    guidance={"guidance_scale": 3.0},
 )  # fmt: skip
 SD35 = Tiny(
     "sd35", lambda layers=2: build_sd3(layers, dual=True), sd3_inputs,
-    lambda layers=2: sd3_pipe(layers, dual=True), pooled_prompt, image_size, small=(5, 6), large=(7, 4),
-    text=TEXT, text_last=True, guidance={"guidance_scale": 3.0},
+    lambda layers=2: sd3_pipe(layers, dual=True), pooled_prompt, image_size, **IMAGE, text=TEXT,
+    text_last=True, guidance={"guidance_scale": 3.0},
 )  # fmt: skip
 QWEN = Tiny(
     "qwen", build_qwen, qwen_inputs, qwen_pipe,
-    lambda: {**embeds(16), **masks("prompt_embeds_mask")}, image_size, small=(5, 6), large=(7, 4),
-    text=TEXT, guidance={"true_cfg_scale": 3.0},
+    lambda: {**embeds(16), **masks("prompt_embeds_mask")}, image_size, **IMAGE, text=TEXT,
+    guidance={"true_cfg_scale": 3.0},
 )  # fmt: skip
 FLUX = Tiny(
-    "flux", build_flux, flux_inputs, flux_pipe, pooled_prompt, image_size, small=(5, 6), large=(7, 4),
-    text=TEXT, guidance={"true_cfg_scale": 3.0},
+    "flux", build_flux, flux_inputs, flux_pipe, pooled_prompt, image_size, **IMAGE, text=TEXT,
+    guidance={"true_cfg_scale": 3.0},
+)  # fmt: skip
+PIXART = Tiny(
+    "pixart", build_pixart, pixart_inputs, pixart_pipe,
+    lambda: {**embeds(16), **masks(), "prompt": None, "negative_prompt": None,
+             "use_resolution_binning": False},
+    image_size, **IMAGE, guidance={"guidance_scale": 3.0},
 )  # fmt: skip
 
 SD15 = Tiny(
     "sd15", build_unet, unet_inputs, sd_pipe, lambda: embeds(16),
+    lambda rows, columns: {"height": 8 * rows, "width": 8 * columns}, small=(16, 12), large=(8, 16),
+    guidance={"guidance_scale": 3.0},
+)  # fmt: skip
+OF_SD21 = {"use_linear_projection": True, "upcast_attention": True, "attention_head_dim": (1, 2, 2)}
+SD21 = Tiny(
+    "sd21", lambda layers=1: build_unet(layers, **OF_SD21), unet_inputs,
+    lambda layers=1: sd_pipe(layers, **OF_SD21), lambda: embeds(16),
     lambda rows, columns: {"height": 8 * rows, "width": 8 * columns}, small=(16, 12), large=(8, 16),
     guidance={"guidance_scale": 3.0},
 )  # fmt: skip
@@ -522,8 +583,8 @@ SDXL = Tiny(
     large=(8, 16), guidance={"guidance_scale": 3.0},
 )  # fmt: skip
 
-VIDEOS = (WAN, WAN22, HUNYUAN, MOCHI, COGVIDEOX, LTX)
-IMAGES = (FLUX, SD3, SD35, QWEN)
+VIDEOS = (WAN, WAN22, HUNYUAN, MOCHI, COGVIDEOX, COGVIDEOX_2B, LTX)
+IMAGES = (FLUX, SD3, SD35, QWEN, PIXART)
 
 
 @contextmanager

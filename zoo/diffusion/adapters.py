@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -78,6 +79,10 @@ class Adapter:
     drops_padding: bool = False
     timestep_rises: bool = False
 
+    def __reduce__(self) -> tuple[Callable[..., Adapter], tuple[type[nn.Module]]]:
+        """Pickle as a name: a row is the same object everywhere."""
+        return adapter_of, (self.model,)
+
 
 # Shared ----------------------------------------------------------------------------------------------------
 # All call the modules, never their weights, so that LoRA, quantisation and offloading keep working.
@@ -142,6 +147,14 @@ def project_out(attn: nn.Module, hidden_states: Tensor) -> Tensor:
 def image_output(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
     """Output of attention without text."""
     return project_out(attn, hidden_states)
+
+
+def plain_project(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, rotary: Any
+) -> QKV:
+    """Nothing but tokens of one map, positions within them."""
+    query, key, value = stream(attn, hidden_states)
+    return query, key, value
 
 
 def text_of(arguments: Mapping[str, Any]) -> int:
@@ -212,11 +225,15 @@ def text_first_output(
 # Stable Diffusion 3 ----------------------------------------------------------------------------------------
 
 
-def sd3_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
-    """Latents [B, C, height, width] in square patches; the text follows the image."""
+def patches_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Latents [B, C, height, width] in square patches; no text among the tokens."""
     size = model.config.patch_size
-    grid = tuple(n // size for n in arguments["hidden_states"].shape[-2:])
-    return TokenLayout(text=text_of(arguments), grid=grid, text_last=True)
+    return TokenLayout(text=0, grid=tuple(n // size for n in arguments["hidden_states"].shape[-2:]))
+
+
+def sd3_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Latents in square patches; the text follows the image."""
+    return replace(patches_layout(model, arguments), text=text_of(arguments), text_last=True)
 
 
 def sd3_project(
@@ -448,12 +465,9 @@ def unet_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(text=0, grid=tuple(arguments["sample"].shape[-2:]))
 
 
-def unet_project(
-    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, rotary: Any
-) -> QKV:
-    """No norms, nothing but tokens of one map."""
-    query, key, value = stream(attn, hidden_states)
-    return query, key, value
+def adapter_of(model: type[nn.Module]) -> Adapter:
+    """The row of a model class."""
+    return next(adapter for adapter in ADAPTERS if adapter.model is model)
 
 
 ADAPTERS = (
@@ -489,6 +503,16 @@ ADAPTERS = (
         output=text_first_output,
         text_mask=text_mask_of("encoder_hidden_states_mask"),
         mask=qwen_mask,
+    ),
+    Adapter(
+        model=PixArtTransformer2DModel,
+        methods=frozenset({"neighborhood"}),
+        stock=(AttnProcessor2_0, FusedAttnProcessor2_0),
+        axes=2,
+        layers=layers_of("transformer_blocks.attn1"),
+        layout=patches_layout,
+        project=plain_project,
+        output=image_output,
     ),
     Adapter(
         model=WanTransformer3DModel,
@@ -551,7 +575,7 @@ ADAPTERS = (
         axes=2,
         layers=unet_layers,
         layout=unet_layout,
-        project=unet_project,
+        project=plain_project,
         output=image_output,
     ),
 )

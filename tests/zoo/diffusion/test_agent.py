@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from goldens import cases, golden
-from tiny_diffusion import FLUX, SD15, SDXL, Tiny
+from tiny_diffusion import FLUX, SD15, SD21, SDXL, Tiny
 from torch import Tensor
 
 from zoo import ConfigError, diffusion, ops
@@ -120,7 +121,7 @@ def hooks(model: torch.nn.Module) -> int:
 def by_hand(tiny: Tiny, inputs: dict, config: AgentConfig, step: int) -> Tensor:
     """The same numbers by wrapping each block's attention, from the parts tested above."""
     model = tiny.build()
-    finest = 1 if tiny is SD15 else 2
+    finest = 2 if tiny is SDXL else 1
     for name, block in model.named_modules():
         if not name.rpartition(".")[0].endswith("transformer_blocks"):
             continue
@@ -155,8 +156,9 @@ def by_hand(tiny: Tiny, inputs: dict, config: AgentConfig, step: int) -> Tensor:
     return output(model, inputs)
 
 
-@BOTH
-@pytest.mark.parametrize("grid", [(16, 12), (10, 18)], ids=str)
+@pytest.mark.parametrize(
+    ("tiny", "grid"), [(SD15, (16, 12)), (SD15, (10, 18)), (SD21, (16, 12)), (SDXL, (10, 18))], ids=str
+)
 def test_both_phases_are_what_they_are_made_of(tiny, grid):
     model, config = tiny.build(), AgentConfig(early_steps=1)
     with diffusion.apply_agent(model, early_steps=1) as handle:
@@ -169,34 +171,50 @@ def test_both_phases_are_what_they_are_made_of(tiny, grid):
     assert (found - output(model, inputs)).abs().max() > 1e-4
 
 
-@BOTH
-@pytest.mark.parametrize("guided", [False, True], ids=["no guidance", "guidance"])
-def test_a_pipeline_is_changed_at_its_finest_maps_and_given_back(tiny, guided):
-    pipe, guidance = tiny.pipe(), tiny.guidance if guided else {"guidance_scale": 1.0}
+@pytest.mark.parametrize(("tiny", "guidance"), [(SD15, 1.0), (SD15, 3.0), (SDXL, 3.0)], ids=str)
+def test_a_pipeline_is_changed_at_its_finest_maps_and_given_back(tiny, guidance):
+    pipe, settings = tiny.pipe(), {"steps": 3, "guidance_scale": guidance}
     before, count = list(pipe.unet.attn_processors.values()), hooks(pipe.unet)
-    stock = tiny.generate(pipe, **guidance)
-    with diffusion.apply_agent(pipe, dense_steps=4):
-        assert torch.equal(tiny.generate(pipe, **guidance), stock)
+    stock = tiny.generate(pipe, **settings)
+    with diffusion.apply_agent(pipe, dense_steps=3):
+        assert torch.equal(tiny.generate(pipe, **settings), stock)
     with diffusion.apply_agent(pipe, early_steps=2) as handle:
         level = 1 if tiny is SD15 else 2
         assert {diffusion.adapters.downsampling(pipe.unet, name) for name in handle.layers} == {level}
         assert all(name.endswith("attn1") for name in handle.layers)
-        first = tiny.generate(pipe, **guidance)
-        tiny.generate(pipe, tiny.large, **guidance)
-        assert torch.equal(tiny.generate(pipe, **guidance), first)
-        assert handle.step == 3 and 0 < handle.stats().keep < 1
+        first = tiny.generate(pipe, **settings)
+        tiny.generate(pipe, tiny.large, steps=1)
+        assert torch.equal(tiny.generate(pipe, **settings), first)
+        assert handle.step == 2 and 0 < handle.stats().keep < 1
     assert not torch.equal(first, stock)
     assert all(a is b for a, b in zip(before, pipe.unet.attn_processors.values(), strict=True))
-    assert hooks(pipe.unet) == count and torch.equal(tiny.generate(pipe, **guidance), stock)
+    assert hooks(pipe.unet) == count and torch.equal(tiny.generate(pipe, **settings), stock)
+
+
+@BOTH
+def test_an_exception_in_mid_run_and_handles_left_in_the_wrong_order_restore_all(tiny):
+    pipe = tiny.pipe()
+    before, count = list(pipe.unet.attn_processors.values()), hooks(pipe.unet)
+    stock = tiny.generate(pipe, steps=2)
+    interrupt = mock.patch.object(pipe.scheduler, "step", side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt), interrupt, diffusion.apply_agent(pipe) as handle:
+        tiny.generate(pipe, steps=2)
+    first = diffusion.apply_agent(pipe, dense_layers=handle.layers[1:])
+    second = diffusion.apply_agent(pipe, dense_layers=handle.layers[:1])
+    assert not torch.equal(tiny.generate(pipe, steps=2), stock)
+    first.remove()
+    second.remove()
+    assert all(a is b for a, b in zip(before, pipe.unet.attn_processors.values(), strict=True))
+    assert hooks(pipe.unet) == count and torch.equal(tiny.generate(pipe, steps=2), stock)
 
 
 def test_nothing_to_merge_is_the_stock_pipeline_bit_for_bit():
     pipe = SD15.pipe()
-    stock = SD15.generate(pipe)
+    stock = SD15.generate(pipe, steps=2)
     with diffusion.apply_agent(
         pipe, ratio=0.0, agent_ratio=0.0, late_ratio=0.0, late_agent_ratio=0.0
     ) as handle:
-        assert torch.equal(SD15.generate(pipe), stock)
+        assert torch.equal(SD15.generate(pipe, steps=2), stock)
     assert handle.stats().sparse_calls == 0 < handle.stats().calls
 
 

@@ -322,6 +322,7 @@ def test_the_attention_backend_of_diffusers_is_carried_over(flux, monkeypatch):
         assert backends == {"_native_math"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapped", "wrapped later", "in place"])
 def test_a_compiled_transformer_has_one_graph_for_dense_and_one_for_sparse_steps(make_flux, inputs, how):
     torch.compiler.reset()
@@ -343,6 +344,7 @@ def test_a_compiled_transformer_has_one_graph_for_dense_and_one_for_sparse_steps
     assert all((a - b).abs().max() <= 1e-5 for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_one_graph_more_each_for_sparse_steps(make_flux, inputs):
     steps = [inputs((4, 4), timestep=1 - n / 10) for n in range(6)]
 

@@ -167,6 +167,7 @@ def test_a_query_without_conditions_gives_the_same_rows():
     )
 
 
+@pytest.mark.slow
 def test_it_compiles_without_knowing_how_many_rows_are_routed():
     query, key, value = (x.detach().float() for x in tensors(LAYOUT))
     routed = masks(LAYOUT)
