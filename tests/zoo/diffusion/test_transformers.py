@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import timm
 import torch
@@ -17,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 import zoo
 from zoo import ConfigError, IntegrityError, diffusion
 from zoo.diffusion import DiTModel, VideoDiTModel
+from zoo.layers import count_macs
 from zoo.layers.radial import radial_block_mask
 from zoo.models.dit import DiT, filter_checkpoint
 from zoo.models.video_dit import GEOMETRIES, VideoDiT
@@ -42,7 +45,7 @@ def tiny_video(**changes: object) -> VideoDiTModel:
 @pytest.mark.parametrize(
     ("name", "millions", "macs"),
     [
-        ("dit_s_8", 33, 0.36), ("dit_s_4", 33, 1.41), ("dit_b_2", 130, 23.01), ("dit_xl_2", 675, 118.64)
+        ("dit_s_8", 33, 0.36), ("dit_b_2", 130, 23.01), ("dit_xl_2", 675, 118.64)
     ],
 )  # fmt: skip
 def test_parameters_and_cost_are_the_published_ones(name, millions, macs):
@@ -85,6 +88,73 @@ def test_the_authors_layout_loads_and_other_embedders_are_noticed():
     theirs = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8)
     with pytest.raises(IntegrityError, match="transformer_blocks.1.*another embedder"):
         filter_checkpoint(theirs.state_dict())
+
+
+# Keys and shapes of the authors' file for 256 x 256 images.
+XL_2 = {
+    "pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (1152, 4, 2, 2), "x_embedder.proj.bias": (1152,),
+    "t_embedder.mlp.0.weight": (1152, 256), "t_embedder.mlp.0.bias": (1152,),
+    "t_embedder.mlp.2.weight": (1152, 1152), "t_embedder.mlp.2.bias": (1152,),
+    "y_embedder.embedding_table.weight": (1001, 1152),
+    "final_layer.linear.weight": (32, 1152), "final_layer.linear.bias": (32,),
+    "final_layer.adaLN_modulation.1.weight": (2304, 1152), "final_layer.adaLN_modulation.1.bias": (2304,),
+}  # fmt: skip
+XL_2_BLOCK = {
+    "attn.qkv": (3456, 1152), "attn.proj": (1152, 1152), "mlp.fc1": (4608, 1152), "mlp.fc2": (1152, 4608),
+    "adaLN_modulation.1": (6912, 1152),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["authors", "diffusers"])
+def test_the_published_files_of_xl_2_have_every_key_of_ours_and_no_other(layout):
+    with torch.device("meta"):
+        ours = zoo.create_model("dit_xl_2")
+        theirs = DiTTransformer2DModel(out_channels=8)  # what is left is that of the published model
+    if layout == "authors":
+        shapes = dict(XL_2)
+        for number in range(28):
+            for name, shape in XL_2_BLOCK.items():
+                shapes[f"blocks.{number}.{name}.weight"] = shape
+                shapes[f"blocks.{number}.{name}.bias"] = shape[:1]
+    else:
+        shapes = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
+    zero = torch.zeros((), dtype=torch.int8)  # expanded, so that a file of gigabytes takes no memory
+    found = filter_checkpoint({name: zero.expand(shape) for name, shape in shapes.items()})
+    assert {name: x.shape for name, x in found.items()} == {n: x.shape for n, x in ours.state_dict().items()}
+
+
+def test_files_of_both_layouts_load_by_name(tmp_path):
+    sizes = {"depth": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
+    model = finish(zoo.create_model("dit_s_2", **sizes))
+    torch.save({**model.state_dict(), "pos_embed": torch.zeros(1, 256, 16)}, tmp_path / "authors.pt")
+    model.save_pretrained(tmp_path / "ours")
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        num_embeds_ada_norm=5,
+    )  # fmt: skip
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+    theirs.save_pretrained(tmp_path / "diffusers")
+    weights = "diffusion_pytorch_model.safetensors"
+    for path, wanted in (
+        (tmp_path / "authors.pt", model.state_dict()),
+        (tmp_path / "ours" / weights, model.state_dict()),
+        (tmp_path / "diffusers" / weights, filter_checkpoint(theirs.state_dict())),
+    ):
+        loaded = zoo.create_model("dit_s_2", checkpoint_path=path, **sizes)
+        assert all(torch.equal(x, wanted[name]) for name, x in loaded.state_dict().items())
+    with pytest.raises(IntegrityError, match="does not fit DiTModel"):
+        zoo.create_model("dit_s_2", checkpoint_path=tmp_path / "authors.pt", **{**sizes, "depth": 3})
+
+
+def test_weights_of_global_attention_load_under_a_sparse_one(tmp_path):
+    tiny_video().save_pretrained(tmp_path)
+    path, sizes = tmp_path / "diffusion_pytorch_model.safetensors", {"hidden_size": 24, "num_heads": 2}
+    settings = {"attention": "radial", "attention_kwargs": RADIAL, "checkpoint_path": path}
+    sparse = zoo.create_model("video_dit_s", depth=2, in_channels=4, **sizes, **settings)
+    x = noise(1, 4, 5, 8, 8)
+    wanted = tiny_video(attention="radial", attention_kwargs=RADIAL)(x, 3).sample
+    assert torch.equal(sparse(x, 3).sample, wanted)
 
 
 def test_a_new_model_changes_nothing_and_predicts_zero():
@@ -233,6 +303,40 @@ def test_checkpointing_and_lora(kind):
     assert (model(*arguments).sample - wanted).abs().max() > 1e-4
 
 
+class Doubled:
+    """Twice what the attention gives."""
+
+    calls = 0
+
+    def __call__(self, attention: nn.Module, *args: object) -> Tensor:
+        type(self).calls += 1
+        return 2 * attention(*args)
+
+
+@pytest.mark.parametrize("kind", ["dit", "video", "mmdit"])
+def test_processors_are_exchanged_as_in_diffusers(kind):
+    if kind == "mmdit":
+        sizes = {"depth": 2, "hidden_size": 16, "num_heads": 2, "text_dim": 6, "pooled_dim": 5}
+        model = finish(zoo.create_model("mmdit_s", **sizes))
+        arguments = (noise(1, 16, 4, 6), 3, noise(1, 5, 6), noise(1, 5))
+    else:
+        model, arguments = model_and_arguments(kind)
+    before = model.attn_processors
+    assert list(before) == ["blocks.0.processor", "blocks.1.processor"]
+    with torch.no_grad():
+        wanted = model(*arguments).sample
+        model.set_attn_processor(Doubled())
+        Doubled.calls = 0
+        assert not torch.equal(model(*arguments).sample, wanted) and Doubled.calls == 2
+        model.set_attn_processor(nn.Identity())  # a module, which a plain object then replaces
+        model.set_attn_processor(dict(before))
+        assert all(model.attn_processors[name] is processor for name, processor in before.items())
+        assert torch.equal(model(*arguments).sample, wanted)
+    assert not any("processor" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="number of processors 1 does not match"):
+        model.set_attn_processor({"blocks.0.processor": Doubled()})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dit", "video"])
 def test_they_compile_whole_and_block_by_block_once_for_all_steps(kind):
@@ -308,3 +412,37 @@ def test_every_name_is_listed_and_its_rows_exist():
             model = zoo.create_model(name, depth=1)
             assert isinstance(model, diffusers.ModelMixin)
             assert (model.config.depth, model.config.hidden_size) == (1, 384)
+
+
+def test_what_is_known_of_them_needs_no_diffusers(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("zoo.diffusion")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    info = zoo.model_info("video_dit_s")
+    assert (info.input_size, info.num_classes, info.weights) == ((16, 9, 32, 32), 0, ())
+    tokens, width = 9 * 16 * 16, 384
+    blocks = 12 * (12 * tokens * width**2 + 6 * width**2 + 2 * tokens**2 * width)
+    ends = tokens * (64 * width + 64 * width) + (256 + width + 2 * width) * width
+    assert info.macs == blocks + ends
+    with pytest.raises(zoo.ResourceError, match=r"pip install 'attnzoo\[diffusion\]'"):
+        zoo.create_model("video_dit_s")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "kwargs"),
+    [
+        ("video_dit_s", "radial", RADIAL),
+        ("video_dit_s", "neighborhood", {"kernel_size": (3, 3, 3)}),
+        ("mmdit_s", "neighborhood", {"kernel_size": 3}),
+    ],
+)
+def test_a_sparser_attention_counts_fewer_multiply_adds(name, attention, kwargs):
+    sizes = {"depth": 1, "hidden_size": 24, "num_heads": 2}
+    with torch.device("meta"):
+        dense, sparse = (
+            zoo.create_model(name, **sizes, attention=kind, attention_kwargs=given)
+            for kind, given in (("global", None), (attention, kwargs))
+        )
+        latents, *others = dense.example_inputs()
+    dense, sparse = (count_macs(model, latents.shape[1:], *others) for model in (dense, sparse))
+    assert 0 < sparse < dense
