@@ -1,0 +1,260 @@
+"""Letter E of the reliability checks, operations and backends: R39 to R44, every operation by one table.
+
+What is particular to one operation is in tests/kernels; scorecard.yaml lists the tests elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo import ops
+from zoo.kernels.dispatch import OPERATIONS
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of an operation's tensors by B, H and D, its other arguments, and what depends on the batch."""
+
+    tensors: dict[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
+    others: Callable[[int], dict[str, Any]] = lambda batch: {}
+
+    def inputs(self, dtype: torch.dtype = torch.float32, *, B: int = 2, H: int = 2, D: int = 8, N: int = 6):
+        """The tensors, the first of which decides what the result looks like."""
+        sizes = {"B": B, "H": H, "D": D, "N": N, "M": 5, "G": 1, "2": 2, "C": H * D}
+        shapes = {name: [sizes[letter] for letter in shape.split()] for name, shape in self.tensors.items()}
+        return {
+            name: (torch.rand(shape) * 2 - 1 if name == "positions" else torch.randn(shape)).to(dtype)
+            for name, shape in shapes.items()
+        }
+
+
+def call(op: str, tensors: dict[str, Tensor], backend: str = "auto", **others: Any) -> Tensor:
+    """The operation on these tensors with the other arguments of its case."""
+    case = CASES[op]
+    batch = next(iter(tensors.values())).shape[0]
+    return getattr(ops, op)(**tensors, **{**case.options, **case.others(batch), **others}, backend=backend)
+
+
+MAPS = dict.fromkeys("qkv", "B N N H D")
+BLOCKS = ops.BlockList.from_mask(
+    torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1]], dtype=torch.bool), block_size=2
+)
+CASES = {
+    "agent_attention": Case({"q": "B N H D", "k": "B M H D", "v": "B M H D", "agents": "B 2 H D"}),
+    "aligned_attention": Case(MAPS, {"radius": 1}),
+    "bilevel_routing_attention": Case(
+        MAPS,
+        {"regions": 2},
+        lambda batch: {"routes": torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]]).expand(batch, -1, -1)},
+    ),
+    "block_sparse_attention": Case(dict.fromkeys("qkv", "B N H D"), {"blocks": BLOCKS}),
+    "channel_attention": Case(MAPS),
+    "deformable_attention": Case(
+        {"q": "B N N H D", "k": "B M H D", "v": "B M H D", "positions": "B G M 2", "table": "H N N"}
+    ),
+    "deformable_sample": Case({"x": "B N N C", "positions": "B G M 2"}),
+    "neighborhood_attention": Case(MAPS, {"kernel_size": 3}),
+    "window_attention": Case(MAPS, {"window_size": 3, "shift": 1}),
+}
+RUNNABLE = [
+    (op, backend.name)
+    for op, table in sorted(OPERATIONS.items())
+    for backend in table
+    if op in CASES and backend.missing() is None and backend.name not in ("natten", "flex", "xformers")
+]
+every_backend = pytest.mark.parametrize(("op", "backend"), RUNNABLE)
+every_operation = pytest.mark.parametrize("op", CASES)
+
+
+def gradients(out: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the sum of squares, by name."""
+    found = torch.autograd.grad(out.float().square().sum(), list(tensors.values()), materialize_grads=True)
+    return dict(zip(tensors, found, strict=True))
+
+
+def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().requires_grad_() for name, x in tensors.items()}
+
+
+def test_every_operation_with_backends_is_in_the_table():
+    assert set(CASES) == set(OPERATIONS)
+
+
+# R39: as exact as the same precision allows -----------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 33])
+def test_r39_the_error_is_at_most_twice_that_of_the_definition(op, backend, dtype, width):
+    exact = leaves({name: x.to(dtype).double() for name, x in CASES[op].inputs(D=width).items()})
+    truth = call(op, exact, "reference")
+    truths = gradients(truth, exact)
+
+    def errors(backend: str) -> list[float]:
+        tensors = leaves({name: x.to(dtype) for name, x in exact.items()})
+        out = call(op, tensors, backend)
+        found = gradients(out, tensors)
+        pairs = [(out, truth), *((found[name], truths[name]) for name in tensors)]
+        return [(a.double() - b).abs().max().item() / b.abs().max().clamp(min=1e-12).item() for a, b in pairs]
+
+    # The definition computes in float32 throughout; a path that keeps what it saves for the backward pass in
+    # its own precision may err by a rounding of that.
+    output, *others = zip(errors(backend), errors("reference"), strict=True)
+    assert output[0] <= 2 * output[1] + 1e-5
+    for ours, theirs in others:
+        assert ours <= 2 * max(theirs, torch.finfo(dtype).eps) + 2e-4
+
+
+# R40: what has no numbers leaks nowhere, what is large stays finite -----------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_r40_an_image_without_numbers_leaves_the_others_alone(op, backend, bad):
+    tensors = CASES[op].inputs()
+    expected = call(op, tensors, backend)
+    name = next(reversed([name for name in tensors if name in "xqkv"]))
+    damaged = {**tensors, name: tensors[name].clone()}
+    damaged[name][1] = bad
+    torch.testing.assert_close(call(op, damaged, backend)[0], expected[0])
+
+
+@pytest.mark.parametrize(("op", "backend"), [pair for pair in RUNNABLE if pair[0] != "deformable_sample"])
+@pytest.mark.parametrize("factor", [50, 300])
+def test_r40_large_logits_stay_finite_and_right(op, backend, factor):
+    exact = {name: x.double() for name, x in CASES[op].inputs().items()}
+    for name in ("q", "k"):
+        exact[name] = exact[name] * factor
+    tensors = leaves({name: x.float() for name, x in exact.items()})
+    out = call(op, tensors, backend)
+    torch.testing.assert_close(out.double(), call(op, exact, "reference"), rtol=1e-3, atol=1e-3)
+    assert all(gradient.isfinite().all() for gradient in gradients(out, tensors).values())
+
+
+# R41: odd arguments have a defined result or are refused by name --------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("empty", ["B", "H", "N"])
+def test_r41_nothing_is_nothing_or_refused_by_name(op, backend, empty):
+    tensors = leaves(CASES[op].inputs(**{empty: 0}))
+    try:
+        out = call(op, tensors, backend)
+    except (ValueError, RuntimeError) as error:
+        assert isinstance(error, ValueError) or "cannot run" in str(error)
+        assert empty != "B" or "cannot run" in str(error), "an empty batch is a batch"
+        assert "\n" not in str(error)
+        return
+    first = next(iter(tensors.values()))
+    assert out.isfinite().all() and out.shape[0] == first.shape[0]
+    assert all(gradient.isfinite().all() for gradient in gradients(out, tensors).values())
+
+
+@every_operation
+def test_r41_an_argument_of_another_kind_is_refused_by_its_name(op):
+    tensors = CASES[op].inputs()
+    for name in [name for name in tensors if name != next(iter(tensors))]:
+        kinds = {
+            "another dtype": tensors[name].double(),
+            "integers": tensors[name].long(),
+            "another device": tensors[name].to("meta"),
+        }
+        for what, wrong in kinds.items():
+            if name in ("positions", "table") and what == "another dtype":
+                continue  # they are read in at least float32 whatever the call's dtype is
+            with pytest.raises(ValueError, match=rf"^{name}\b"):
+                call(op, {**tensors, name: wrong})
+
+
+@every_operation
+def test_r41_integers_and_complex_numbers_are_refused(op):
+    tensors = CASES[op].inputs()
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=str(dtype)):
+            call(op, {name: x.to(dtype) for name, x in tensors.items()})
+
+
+@every_operation
+def test_r41_another_batch_is_refused(op):
+    tensors = CASES[op].inputs()
+    for name in tensors:
+        if CASES[op].tensors[name].startswith("B") and name != next(iter(tensors)):
+            with pytest.raises(ValueError, match=name):
+                call(op, {**tensors, name: torch.cat([tensors[name]] * 2)})
+
+
+@every_backend
+def test_r41_however_a_tensor_lies_in_memory_it_counts_the_same(op, backend):
+    tensors = CASES[op].inputs()
+    expected = call(op, tensors, backend)
+    strided = {name: torch.stack([x, x + 1], dim=-1)[..., 0] for name, x in tensors.items()}
+    swapped = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
+    offset = {
+        name: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for name, x in tensors.items()
+    }
+    for variant in (strided, swapped, offset):
+        torch.testing.assert_close(call(op, variant, backend), expected)
+    one = {name: x[:1] for name, x in tensors.items()} | {
+        name: x for name, x in tensors.items() if not CASES[op].tensors[name].startswith("B")
+    }
+    expanded = {
+        name: x.expand(3, *x.shape[1:]) if CASES[op].tensors[name].startswith("B") else x
+        for name, x in one.items()
+    }
+    for row in call(op, expanded, backend):
+        torch.testing.assert_close(row, call(op, one, backend)[0])
+
+
+# R43: the same again, and image by image --------------------------------------------------------------------
+
+
+@every_backend
+def test_r43_the_same_call_gives_the_same_bits(op, backend):
+    tensors = leaves(CASES[op].inputs())
+    first, second = (call(op, tensors, backend) for _ in range(2))
+    assert torch.equal(first, second)
+    for one, other in zip(*(gradients(out, tensors).values() for out in (first, second)), strict=True):
+        assert torch.equal(one, other)
+
+
+@every_backend
+def test_r43_a_batch_is_its_images_one_by_one(op, backend):
+    tensors = CASES[op].inputs(B=8)
+    together = call(op, tensors, backend)
+    for number in range(8):
+        one = {
+            name: x[number : number + 1] if CASES[op].tensors[name].startswith("B") else x
+            for name, x in tensors.items()
+        }
+        torch.testing.assert_close(call(op, one, backend)[0], together[number], rtol=1e-5, atol=1e-5)
+
+
+# R44: backends ----------------------------------------------------------------------------------------------
+
+
+@every_operation
+def test_r44_an_unknown_backend_is_refused_with_those_there_are(op):
+    with pytest.raises(ValueError, match="referense.*did you mean reference"):
+        call(op, CASES[op].inputs(), "referense")
+    names = [backend.name for backend in OPERATIONS[op]]
+    assert names[-1] == "reference", "the definition runs whatever the others refuse"
+
+
+@every_backend
+def test_r44_under_autocast_the_result_is_in_its_dtype_and_gradients_in_the_leaves_own(op, backend):
+    tensors = leaves(CASES[op].inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(op, tensors, backend)
+    # Sampling between tokens is no product of matrices: it keeps its precision, as in PyTorch.
+    assert out.dtype == (torch.float32 if op == "deformable_sample" else torch.bfloat16)
+    truth = call(op, tensors, "reference")
+    torch.testing.assert_close(out.float(), truth, rtol=0.05, atol=0.05)
+    assert {gradient.dtype for gradient in gradients(out, tensors).values()} == {torch.float32}
