@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.kernels import dispatch
+from zoo.kernels import dispatch, tile
 from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
-from zoo.kernels.window import reference, sdpa
+from zoo.kernels.window import reference, schema, sdpa
 
 OP = "window_attention"
+WHOLE_WINDOW = 64  # tokens of a window, and channels of a head by bytes per number, that fit the registers
+WIDEST = {2: 64, 4: 32, 8: 128}
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,37 @@ def _arguments(call: Call) -> tuple:
     return call.q, call.k, call.v, call.window_size, call.shift, call.scale, call.bias
 
 
+def _triton_why_not(call: Call) -> str | None:
+    tokens = call.window_size[0] * call.window_size[1]
+    if tokens > WHOLE_WINDOW:
+        return f"windows of more than {WHOLE_WINDOW} tokens, found {tokens}"
+    width, widest = max(call.q.shape[-1], call.v.shape[-1]), WIDEST[call.q.element_size()]
+    if width > widest:
+        return f"heads of more than {widest} channels in {call.q.dtype}, found {width}"
+    return tile.why_not(call.q, call.v)
+
+
+def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
+    return schema.forward(
+        call.q, call.k, call.v, call.bias, list(call.window_size), list(call.shift), call.scale, "triton"
+    )
+
+
+def _describe_triton(call: Call) -> str:
+    from zoo.kernels.window import triton
+
+    config = triton.config(call.q, call.v, call.window_size)
+    return f"a window of at most {config.queries} tokens at once, {config.warps} warps"
+
+
 dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "triton",
+        run=_run_triton,
+        why_not=_triton_why_not,
+        missing=tile.missing,
+        configuration=_describe_triton,
+    ),
     dispatch.Backend(
         "sdpa",
         run=lambda call: sdpa.window_attention(*_arguments(call), return_lse=call.return_lse),

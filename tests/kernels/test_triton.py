@@ -14,7 +14,10 @@ import torch
 from zoo import ops
 
 TESTS = Path(__file__).resolve().parent.parent
-PARTS = sorted(path.stem for path in (TESTS / "interpret").glob("test_*.py"))
+FILES = sorted(path.stem for path in (TESTS / "interpret").glob("test_*.py"))
+LONG = ("test_block_sparse", "test_neighborhood")  # each in a process of its own, the others in one
+PARTS = [*((name,) for name in LONG), tuple(name for name in FILES if name not in LONG)]
+NAMES = [*LONG, "the others"]
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -32,8 +35,8 @@ def test_without_a_gpu_the_reason_is_told():
 def test_in_the_interpreter(part):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    file = TESTS / "interpret" / f"{part}.py"
+    files = [TESTS / "interpret" / f"{name}.py" for name in part]
     result = subprocess.run(
-        [*command, file], cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
+        [*command, *files], cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
