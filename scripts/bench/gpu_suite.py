@@ -1,0 +1,513 @@
+#!/usr/bin/env python
+"""Every Triton kernel on one GPU in under 9 minutes: right against float64, then timed against named peers.
+
+    python scripts/bench/gpu_suite.py                    all of it
+    python scripts/bench/gpu_suite.py --only segments    the cases whose names contain this
+    python scripts/bench/gpu_suite.py --list             the cases and whether they have a Triton kernel
+    python scripts/bench/gpu_suite.py --compile-only     no GPU: compile all that would be launched
+    python scripts/bench/gpu_suite.py --adopt FILE       take the tile sizes that a run found best
+
+Needs torch and Triton; a checkout need not be installed (`import zoo` finds the kernels beside it). Steps:
+ceilings of the device; compilation in parallel, in processes that see no GPU; every case at small sizes
+against the definition in float64, and no clock for a case that is wrong; tile sizes; times, each the median
+of CUDA-graph replays over fresh inputs, ours and the peers' in turn. The results are written after every
+figure, to scripts/bench/results/<device>.json unless said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+from gpu_cases import CASES, Case, Leaves, Maker, Problem, installed  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from zoo.kernels import configs, dispatch  # noqa: E402
+
+RESULTS = ROOT / "scripts" / "bench" / "results"
+SECONDS = 520  # the whole run; what does not fit is listed as left out
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INPUT_SETS = 3  # in turn, so that none is still in the cache
+EXPS = 3.7e12  # exponentials a second of one H200, from its 16 per clock and multiprocessor
+
+
+# Results ----------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """What is known so far; on the disk after every figure."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {
+            "about": about, "ceilings": {}, "compiled": {}, "checks": [], "tuned": {}, "rows": [],
+            "left_out": [],
+        }  # fmt: skip
+        self.end = time.monotonic() + SECONDS
+
+    def seconds_left(self) -> float:
+        """Until the run must end."""
+        return self.end - time.monotonic()
+
+    def save(self) -> None:
+        """Write what is known."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Note what was not done."""
+        print(f"left out: {what}: {why}", flush=True)
+        self.found["left_out"].append({"what": what, "why": why})
+        self.save()
+
+
+def about_device() -> dict[str, Any]:
+    """Versions, device and clocks, so that figures can be compared."""
+    versions = {name: _version(name) for name in ("torch", "triton", "natten", "xformers", "flash-attn")}
+    clocks = "clocks.max.sm,clocks.max.mem,power.limit,driver_version"
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "device": torch.cuda.get_device_name(),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
+        "processors": torch.cuda.get_device_properties(0).multi_processor_count,
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        "python": platform.python_version(),
+        clocks: _output("nvidia-smi", f"--query-gpu={clocks}", "--format=csv,noheader"),
+        **{name: found for name, found in versions.items() if found},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# The clock --------------------------------------------------------------------------------------------------
+
+
+def milliseconds(runs: list[Callable[[], object]], seconds: float = 0.4) -> dict[str, Any]:
+    """Median, 20th and 80th percentile of one run; the runs do the same on other inputs and go in turn."""
+    for run in runs:
+        run()  # compiles, and allocates what a graph may not
+    torch.cuda.synchronize()
+    try:
+        replays, how = [_graph(run) for run in runs], "CUDA graph"
+    except Exception as error:  # what waits for the device cannot be in a graph
+        torch.cuda.synchronize()
+        replays, how = runs, f"launched one by one, no graph: {type(error).__name__}"
+    marks = []
+    end = time.monotonic() + seconds
+    while len(marks) < 12 or (time.monotonic() < end and len(marks) < 300):
+        for replay in replays:
+            begin, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay()
+            stop.record()
+            marks.append((begin, stop))
+        torch.cuda.synchronize()
+    times = sorted(begin.elapsed_time(stop) for begin, stop in marks)
+    low, high = times[len(times) // 5], times[-1 - len(times) // 5]
+    return {"ms": statistics.median(times), "p20": low, "p80": high, "how": how}
+
+
+def _graph(run: Callable[[], object]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes and floating point operations a second that this device reaches."""
+    x = torch.randn(2**29, device="cuda").bfloat16()
+    y = torch.empty_like(x)
+    copied = milliseconds([lambda: y.copy_(x)])["ms"]
+    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
+    product_ms = milliseconds([lambda: a @ b])["ms"]
+    return {
+        "bytes": 2 * x.numel() * x.element_size() / copied * 1e3,
+        "flops": 2 * 8192**3 / product_ms * 1e3,
+        "exps": EXPS,
+    }
+
+
+def floor_of(problem: Problem, limits: dict[str, float]) -> tuple[float, str]:
+    """Milliseconds that the forward pass takes at least, and what bounds it."""
+    needs = {"bytes": problem.moved, "flops": problem.flops, "exps": problem.exps}
+    what = max(needs, key=lambda name: needs[name] / limits[name])
+    return needs[what] / limits[what] * 1e3, what
+
+
+# Forward and training ---------------------------------------------------------------------------------------
+
+
+def first(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The output without its LSE."""
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def forward(compute: Callable[[Leaves], Any], leaves: Leaves) -> Tensor:
+    """One forward pass."""
+    with torch.no_grad():
+        return first(compute(leaves))
+
+
+def training(compute: Callable[[Leaves], Any], leaves: Leaves, grad: Tensor | None = None) -> list[Tensor]:
+    """Forward, and the gradients of all that the computation uses."""
+    out = first(compute(leaves))
+    grad = torch.empty_like(out) if grad is None else grad
+    wanted = list(leaves.values())
+    return torch.autograd.grad(out, wanted, grad, allow_unused=True)
+
+
+STEPS = {"forward": forward, "training": training}
+
+
+# Compiling in parallel, without a GPU -----------------------------------------------------------------------
+
+
+def compile_case(case: Case, candidates: bool) -> int:
+    """Compile what the case launches at all its sizes; return how many kernels that were."""
+    from without_gpu import compiling, on_a_device
+
+    count = 0
+    sizes = [*product(case.small, DTYPES), (case.large, torch.bfloat16)]
+    for size, dtype in sizes:
+        problem = case.build(Maker(torch.device("cpu"), dtype, empty=True), **size)
+        tables = candidate_tables() if candidates and case.tuned and size is case.large else [{}]
+        for table in tables:
+            with compiling() as compiled, on_a_device(), tile_sizes(table):
+                training(lambda x, p=problem: p.run(x, "triton"), problem.leaves)
+            count += len(compiled)
+    return count
+
+
+def compile_all(cases: list[Case], architecture: str, candidates: bool) -> dict[str, dict[str, Any]]:
+    """Compile every case in a process of its own; Triton's cache on the disk keeps the result."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def one(case: Case) -> tuple[str, dict[str, Any]]:
+        command = [sys.executable, "-W", "ignore", __file__, "--compile-case", case.name, architecture]
+        begin = time.monotonic()
+        answer = subprocess.run(
+            command + ["--candidates"] * candidates, capture_output=True, text=True, env=environment
+        )
+        seconds = round(time.monotonic() - begin, 1)
+        if answer.returncode:
+            return case.name, {"error": answer.stderr.strip()[-2000:], "seconds": seconds}
+        return case.name, {"kernels": int(answer.stdout.split()[-1]), "seconds": seconds}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(pool.map(one, cases))
+
+
+# Tile sizes -------------------------------------------------------------------------------------------------
+
+
+def candidate_tables() -> list[dict[str, configs.Config]]:
+    """Tile sizes to try, one for each kernel at a time."""
+    from compile_kernels import WISHES
+
+    names = ("forward", "dq", "dkv")
+    most = max(len(WISHES[name][2]) for name in names)
+    return [
+        {name: configs.Config(*WISHES[name][2][min(n, len(WISHES[name][2]) - 1)]) for name in names}
+        for n in range(most)
+    ]
+
+
+@contextmanager
+def tile_sizes(table: dict[str, configs.Config]) -> Iterator[None]:
+    """Let the template use these configurations, with a bias or without, and its own for other kernels."""
+    from zoo.kernels.tile import launch
+
+    own = launch.choose
+
+    def choose(kernel: str, architecture: str, width: int, itemsize: int) -> configs.Config:
+        given = table.get(f"{kernel}/{width}") or table.get(kernel.removesuffix(" with bias"))
+        return given if given and itemsize == 2 else own(kernel, architecture, width, itemsize)
+
+    with mock.patch.object(launch, "choose", choose):
+        yield
+
+
+def tune(cases: list[Case], results: Results) -> dict[str, configs.Config]:
+    """The fastest tile sizes over the tuned cases, by kernel and width: `{"dq with bias/32": ...}`."""
+    from compile_kernels import WISHES
+
+    slower: dict[str, dict[configs.Config, list[float]]] = {}  # than the best of the case, by kernel
+    for case in cases:
+        problem = case.build(Maker(torch.device("cuda"), torch.bfloat16), **case.large)
+        biased = " with bias" if problem.leaves.keys() & {"rpb", "bias"} else ""
+        width = problem.leaves["q"].shape[-1]
+        for kernel, step in (("forward", "forward"), ("dq", "training"), ("dkv", "training")):
+            if results.seconds_left() < 0.4 * SECONDS:
+                results.leave_out(f"tuning of {kernel}, {case.name}", "no time left")
+                continue
+            times = {}
+            for wish in WISHES[kernel][2]:
+                config = configs.Config(*wish)
+                try:
+                    with tile_sizes({kernel: config}):
+                        run = lambda: STEPS[step](lambda x: problem.run(x, "triton"), problem.leaves)  # noqa: B023, E731
+                        times[config] = milliseconds([run], seconds=0.05)["ms"]
+                except Exception as error:  # more shared memory than there is
+                    print(f"{kernel} {wish}: {type(error).__name__}", flush=True)
+            for config, ms in times.items():
+                known = slower.setdefault(f"{kernel}{biased}/{width}", {})
+                known.setdefault(config, []).append(ms / min(times.values()))
+        del problem
+        free()
+    # A configuration must have run in every case of its kernel and width.
+    best = {}
+    for key, table in slower.items():
+        most = max(map(len, table.values()))
+        able = {c: math.prod(ratios) for c, ratios in table.items() if len(ratios) == most}
+        best[key] = min(able, key=able.get)
+    results.found["tuned"] = best
+    results.save()
+    return best
+
+
+def adopt(file: Path) -> Path:
+    """Write the tile sizes that a run found best into the table of its architecture."""
+    found = json.loads(file.read_text())
+    about = found["about"]
+    path = Path(configs.__file__).parent / f"sm_{about['capability'].replace('.', '')}.json"
+    table = json.loads(path.read_text())
+    for key, config in found["tuned"].items():
+        kernel, width = key.split("/")
+        table["configurations"][kernel]["2"][width] = config
+    keys = ", ".join(found["tuned"])
+    table["provenance"] += (
+        f"; {keys}: fastest on {about['device']} with Triton {about['triton']}, {about['date']}"
+    )
+    text = json.dumps(table, indent=1)
+    path.write_text(re.sub(r"\[[^\]]*\]", lambda part: " ".join(part[0].split()), text) + "\n")
+    return path
+
+
+# Right against float64 --------------------------------------------------------------------------------------
+
+
+def check(case: Case, size: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+    """Errors of outputs and gradients against the definition in float64, and what is allowed: twice the
+    error of the definition in the same dtype, plus 1e-5 (gradients 2e-4)."""
+    torch.manual_seed(0)
+    problem = case.build(Maker(device, dtype), **size)
+    truth_leaves = {name: x.detach().double().requires_grad_() for name, x in problem.leaves.items()}
+    grads = None
+
+    def everything(leaves: Leaves, backend: str) -> list[Tensor]:
+        nonlocal grads
+        result = problem.run(leaves, backend)
+        outs = [result] if isinstance(result, Tensor) else list(result)
+        finite = [out.masked_fill(out.isinf(), 0.0) for out in outs]  # the LSE of a row that sees nothing
+        if grads is None:
+            grads = [torch.randn_like(out) for out in finite]
+        pairs = [(out * grad.to(out.dtype)).sum() for out, grad in zip(finite, grads, strict=True)]
+        return [*finite, *torch.autograd.grad(sum(pairs), list(leaves.values()))]
+
+    truth = everything(truth_leaves, "reference")
+    ours, theirs = (everything(problem.leaves, backend) for backend in ("triton", "reference"))
+    names = ["out", "lse"][: len(truth) - len(problem.leaves)] + [f"d{name}" for name in problem.leaves]
+    rows = []
+    for name, exact, found, plain in zip(names, truth, ours, theirs, strict=True):
+        error, allowed = _apart(found, exact), 2 * _apart(plain, exact) + (2e-4 if name[0] == "d" else 1e-5)
+        rows.append({
+            "case": case.name, "size": str(size), "dtype": str(dtype)[6:], "of": name, "error": error,
+            "allowed": allowed, "right": error <= allowed,
+        })  # fmt: skip
+    return rows
+
+
+def _apart(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+# Times ------------------------------------------------------------------------------------------------------
+
+
+def free() -> None:
+    """Give memory back between problems."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def bench(case: Case, results: Results) -> None:
+    """Time ours and the peers, forward and training; one row for each."""
+    make = Maker(torch.device("cuda"), torch.bfloat16)
+    problem = case.build(make, **case.large)
+    sets = [problem.leaves, *(case.build(make, **case.large).leaves for _ in range(INPUT_SETS - 1))]
+    least, bound = floor_of(problem, results.found["ceilings"])
+    runners = {"triton": lambda x: problem.run(x, "triton"), **problem.peers}
+    for step, (name, compute) in product(STEPS, runners.items()):
+        if results.seconds_left() < 20:
+            results.leave_out(f"{case.name}, {step}, {name}", "no time left")
+            continue
+        row = {"case": case.name, "op": case.op, "step": step, "by": name}
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            STEPS[step](compute, problem.leaves)
+            row["megabytes"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            row |= milliseconds([lambda x=x: STEPS[step](compute, x) for x in sets])  # noqa: B023
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+        if name == "triton" and step == "forward" and "ms" in row:
+            row |= {"floor": least, "bound": bound, "of_floor": least / row["ms"]}
+        print(f"{case.name}, {step}, {name}: {row.get('ms', row.get('error'))}", flush=True)
+        results.found["rows"].append(row)
+        results.save()
+        free()
+
+
+def judge(found: dict[str, Any], cases: list[Case]) -> list[dict[str, Any]]:
+    """Every goal with the ratio measured, None where a side has no time."""
+    times = {(row["case"], row["step"], row["by"]): row.get("ms") for row in found["rows"]}
+    goals = []
+    for case in cases:
+        for goal in case.goals:
+            ours, theirs = (times.get((case.name, goal.what, by)) for by in ("triton", goal.peer))
+            ratio = theirs / ours if ours and theirs else None
+            reached = None if ratio is None else ratio >= goal.ratio
+            goals.append({"case": case.name, **asdict(goal), "measured": ratio, "reached": reached})
+    return goals
+
+
+# Run --------------------------------------------------------------------------------------------------------
+
+
+def has_kernel(case: Case) -> bool:
+    """Whether the operation has a Triton backend yet."""
+    return any(backend.name == "triton" for backend in dispatch.OPERATIONS[case.op])
+
+
+def measure(cases: list[Case], path: Path | None, tuning: bool) -> int:
+    """The whole run; 1 where something is wrong."""
+    about = about_device()
+    path = path or RESULTS / (re.sub(r"\W+", "_", about["device"].lower()) + ".json")
+    results = Results(path, about)
+    for name in ("natten", "xformers.ops"):
+        if installed(name) is None:
+            results.leave_out(f"peer {name}", "not installed, or it does not load")
+    results.found["ceilings"] = ceilings()
+    results.save()
+    architecture = "sm_" + about["capability"].replace(".", "")
+    results.found["compiled"] = compile_all(cases, architecture, candidates=tuning)
+    results.save()
+    print(f"{results.seconds_left():.0f} s left after compiling", flush=True)
+    good = []
+    for case in cases:
+        try:
+            sizes = product(case.small, DTYPES)
+            rows = [row for size, dtype in sizes for row in check(case, size, dtype, torch.device("cuda"))]
+        except Exception as error:
+            rows = [{"case": case.name, "right": False, "error": f"{type(error).__name__}: {error}"[:500]}]
+        results.found["checks"] += rows
+        wrong = [row for row in rows if not row["right"]]
+        if wrong:
+            print(f"WRONG: {case.name}: {wrong}", flush=True)
+        results.save()
+        free()
+    failed = {row["case"] for row in results.found["checks"] if not row["right"]}
+    failed_ops = {case.op for case in cases if case.name in failed}
+    for case in cases:
+        if case.op in failed_ops:
+            results.leave_out(f"times of {case.name}", "its operation is wrong")
+        else:
+            good.append(case)
+    print(f"{results.seconds_left():.0f} s left after the checks", flush=True)
+    best = tune([case for case in good if case.tuned], results) if tuning else {}
+    print(f"{results.seconds_left():.0f} s left after tuning", flush=True)
+    with tile_sizes(best):
+        for case in good:
+            bench(case, results)
+    results.found["goals"] = judge(results.found, cases)
+    results.save()
+    print(f"written: {path}", flush=True)
+    for goal in results.found["goals"]:
+        print(goal, flush=True)
+    return int(bool(failed))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit status is 1 where a kernel is wrong or does not compile."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--list", action="store_true", help="name the cases")
+    parser.add_argument("--out", type=Path, help="write the results to this file")
+    parser.add_argument("--no-tuning", action="store_true", help="take the committed tile sizes")
+    parser.add_argument("--compile-only", action="store_true", help="compile all, launch nothing")
+    parser.add_argument("--architecture", default="sm_90", help="for --compile-only (default: sm_90)")
+    parser.add_argument("--adopt", type=Path, metavar="FILE", help="take over the tile sizes of a run")
+    parser.add_argument("--compile-case", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--candidates", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.adopt:
+        print(adopt(given.adopt))
+        return 0
+    if given.compile_case:
+        from triton.runtime import driver
+        from without_gpu import NoDevice
+
+        name, architecture = given.compile_case
+        driver.set_active(NoDevice(architecture))
+        print(compile_case(next(case for case in CASES if case.name == name), given.candidates))
+        return 0
+    cases = [case for case in CASES if given.only in case.name]
+    if not cases:
+        parser.error(f"no case has {given.only!r} in its name; --list names them")
+    if given.list:
+        for case in cases:
+            print(f"{case.name}: {case.op}{'' if has_kernel(case) else ', no Triton kernel yet'}")
+        return 0
+    for case in cases:
+        if not has_kernel(case):
+            print(f"left out: {case.name}: {case.op} has no Triton kernel yet", flush=True)
+    cases = [case for case in cases if has_kernel(case)]
+    if given.compile_only:
+        compiled = compile_all(cases, given.architecture, candidates=not given.no_tuning)
+        for name, row in compiled.items():
+            print(f"{name}: {row.get('error') or str(row['kernels']) + ' kernels'} in {row['seconds']} s")
+        return int(any("error" in row for row in compiled.values()))
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU that PyTorch can use; --compile-only does what can be done without")
+    return measure(cases, given.out, tuning=not given.no_tuning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
