@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoo.kernels import dispatch
-from zoo.kernels.channel import cpu, reference
+from zoo.kernels import dispatch, tile
+from zoo.kernels.channel import cpu, reference, schema
 from zoo.kernels.checks import same_kind, scale_or_default, without_autocast
 
 OP = "channel_attention"
+WIDEST = 128  # channels of a head: a map of them stays in registers
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,28 @@ def _cpu_why_not(call: Call) -> str | None:
     return None
 
 
+def _triton_why_not(call: Call) -> str | None:
+    width = max(call.q.shape[-1], call.k.shape[-1])
+    if width > WIDEST:
+        return f"heads of more than {WIDEST} channels, found {width}"
+    return tile.why_not(call.q, call.k)
+
+
+def _describe_triton(call: Call) -> str:
+    from zoo.kernels.channel import triton
+
+    config = triton.config(call.q, call.k)
+    return f"tiles of {config.queries} tokens, {config.warps} warps, {config.stages} stages"
+
+
 dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "triton",
+        run=lambda call: schema.forward(call.q, call.k, call.v, call.scale, "triton")[0],
+        why_not=_triton_why_not,
+        missing=tile.missing,
+        configuration=_describe_triton,
+    ),
     dispatch.Backend(
         "cpu",
         run=lambda call: cpu.channel_attention(call.q, call.k, call.v, call.scale),
