@@ -69,11 +69,13 @@ class Group:
 class State:
     """What the processors of one handle read; a step number would recompile the model at every step.
 
-    `call` numbers the calls of one step, which guidance may make several of. While the handle compares with
-    dense attention, `is_comparing` says so and `errors` takes what each layer finds.
+    `call` numbers the calls of one step, which guidance may make several of. A model in training gets
+    timesteps that are samples, no steps of a generation. While the handle compares with dense attention,
+    `is_comparing` says so and `errors` takes what each layer finds.
     """
 
     sparse: bool = False
+    is_training: bool = False
     is_first_step: bool = True
     call: int = 0
     layout: TokenLayout | None = None
@@ -240,7 +242,10 @@ class Site:
 
 
 class Handle:
-    """A method applied to a pipeline or transformer, until `remove()` or the end of a `with` block."""
+    """A method applied to a pipeline or transformer, until `remove()` or the end of a `with` block.
+
+    A model in training mode is sparse at every call, `dense_steps` or not: it is trained at random times.
+    """
 
     def __init__(
         self, sites: list[Site], processor: type[Processor], config: Config, method: str, dense_steps: int
@@ -279,7 +284,7 @@ class Handle:
 
     @property
     def step(self) -> int:
-        """Denoising step of the latest forward, counted from 0; -1 before the first."""
+        """Denoising step of the latest forward, counted from 0; -1 before the first, and in training."""
         return self._step
 
     def reset(self) -> None:
@@ -360,9 +365,11 @@ class Handle:
         arguments = inspect.signature(type(site.model).forward).bind(site.model, *args, **kwargs).arguments
         layout = self.config.layout(site.adapter, site.model, arguments)
         hidden_states = arguments["sample" if "sample" in arguments else "hidden_states"]
-        if self._forced is None:
+        self._state.is_training = site.model.training
+        if self._forced is None and not site.model.training:
             self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
-        sparse = self._step >= self.dense_steps if self._forced is None else self._forced
+        sparse = site.model.training or self._step >= self.dense_steps
+        sparse = sparse if self._forced is None else self._forced
         groups = self._groups(site.adapter, layout, arguments, hidden_states)
         self._state.layout, self._state.groups = layout, groups
         self._state.sparse = sparse and any(group.plan is not None for group in groups)

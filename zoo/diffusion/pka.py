@@ -124,9 +124,12 @@ class PKAProcessor(Processor):
         if plan != "pka":
             return group_attention(query, key, value, layout, relation=plan)
         config = self.config
+        seen = query[:, layout.image_slice], key[:, layout.text_slice]
         # Only the first call of a step has the prompt with the keywords: guidance calls again without it.
-        has_prompt = self.state.call == 0
-        if has_prompt:
+        has_prompt = self.state.call == 0 or self.state.is_training
+        if self.state.is_training:  # there is no step before
+            self.routed = self.keywords.routed_by(*seen)
+        elif has_prompt:
             if self.state.is_first_step and not self.state.is_comparing:
                 self.keywords.reset()
             self.routed = self.keywords.routed(None)
@@ -137,8 +140,8 @@ class PKAProcessor(Processor):
             paa_radius=config.paa_radius, combine=config.combine,
             text_to_condition=config.text_to_condition, backend=config.backend,
         )  # fmt: skip
-        if has_prompt and not self.state.is_comparing:
-            self.keywords.look(None, query[:, layout.image_slice], key[:, layout.text_slice])
+        if has_prompt and not self.state.is_comparing and not self.state.is_training:
+            self.keywords.look(None, *seen)
         return out
 
 
@@ -163,7 +166,8 @@ def apply_pka(
 
     Conditions are tokens that follow the image's in `hidden_states`, numbered by the first column of
     `img_ids`, as FluxKontextPipeline passes its reference image. At the first step the whole image sees every
-    subject; later, only where the keywords were at the step before (`refresh="once"`: at the first).
+    subject; later, only where the keywords were at the step before (`refresh="once"`: at the first). In
+    training there is no such step, and the masks are those of the same forward.
 
     Units: `conditions` names each of them "spatial" (as many tokens as the image, aligned with it) or
         "subject"; `keywords` has, for each subject, the places of its keyword's tokens in the prompt

@@ -323,9 +323,12 @@ class KeywordState:
 
     def look(self, layer: Hashable, query_image: Tensor, key_text: Tensor) -> None:
         """Remember where the keywords are now, by this step's queries and keys [B, N, H, D]."""
-        if layer in self._routed and self.refresh == "once":
-            return
-        self._routed[layer] = [
+        if layer not in self._routed or self.refresh == "every":
+            self._routed[layer] = self.routed_by(query_image, key_text)
+
+    def routed_by(self, query_image: Tensor, key_text: Tensor) -> list[Tensor | None]:
+        """The masks of these queries and keys [B, N, H, D], of which nothing is remembered."""
+        return [
             None
             if words is None
             else keyword_routing(query_image, key_text, words, epsilon=self.epsilon, norm=self.norm)[1]

@@ -150,6 +150,17 @@ def test_steps_are_counted_by_changes_of_the_timestep(flux, inputs):
         assert handle.step == 0
 
 
+def test_timesteps_of_training_are_no_steps(flux, inputs):
+    with diffusion.apply_neighborhood(flux, 3, dense_steps=2) as handle:
+        flux.train()
+        for timestep in (0.3, 0.9, 0.9, 0.1):
+            outputs(flux, inputs(timestep=timestep))
+        assert handle.step == -1 and handle.stats().sparse_calls == handle.stats().calls == 16
+        flux.eval()
+        outputs(flux, inputs(timestep=1.0))
+        assert handle.step == 0 and handle.stats().sparse_calls == 16
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0], ids=["no guidance", "two calls per step"])
 def test_a_pipeline_runs_its_first_steps_dense_at_every_generation(make_pipe, run, guidance):
     pipe = make_pipe()

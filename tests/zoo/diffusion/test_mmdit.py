@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
-from tiny_diffusion import finish, masked_sdpa, noise
+from tiny_diffusion import finish, masked_sdpa, noise, train_lora
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,6 +143,22 @@ def test_it_saves_reloads_and_checkpoints(tmp_path):
     plain = gradient()
     model.enable_gradient_checkpointing()
     torch.testing.assert_close(gradient(), plain)
+
+
+def test_lora_for_conditions_trains_and_is_cached_as_recomputed(tmp_path):
+    pytest.importorskip("peft", reason="pip install 'attnzoo[diffusion]'")
+    model, other, given = tiny(), tiny(), conditions()
+    plain = run(other, *inputs(), **given)
+    train_lora(model, ["qkv", "proj"], lambda: model(*inputs(), **given).sample)
+    wanted, cache = run(model, *inputs(), **given), ConditionCache()
+    assert (wanted - plain).abs().max() > 1e-3
+    model.save_lora_adapter(tmp_path)
+    other.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    for time in (900.0, 700.0, 300.0):
+        cached = run(other, *inputs(time=time), **given, cache=cache)
+        torch.testing.assert_close(cached, run(model, *inputs(time=time), **given))
+    other.unload_lora()
+    torch.testing.assert_close(run(other, *inputs(), **given), plain)
 
 
 @pytest.mark.slow

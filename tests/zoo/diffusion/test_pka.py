@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
 from goldens import cases, golden
-from tiny_diffusion import build_flux, flux_inputs, masked_sdpa, noise
+from tiny_diffusion import FLUX, build_flux, flux_inputs, masked_sdpa, noise, train_lora
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -352,6 +352,23 @@ def test_flux_with_everything_routed_is_the_stock_model_under_the_mask():
     assert handle.stats().keep == pytest.approx(relation_pairs(layout, paa_radius=1) / layout.tokens**2)
 
 
+@torch.no_grad()
+def routed_at(model: torch.nn.Module, layout: TokenLayout, words: list[int], timestep: float) -> Tensor:
+    """Where the words are, by the queries and keys that the stock model has at a timestep."""
+    seen = {}
+    original = functional.scaled_dot_product_attention
+
+    def look(*, query: Tensor, key: Tensor, **kwargs: object) -> Tensor:
+        seen.update(query=query.transpose(1, 2), key=key.transpose(1, 2))
+        return original(query=query, key=key, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", look)
+        model(**conditioned(timestep=timestep))
+    image, text = seen["query"][:, layout.image_slice], seen["key"][:, layout.text_slice]
+    return keyword_routing(image, text, words, epsilon=0.5)[1]
+
+
 @pytest.mark.parametrize("refresh", ["every", "once"])
 def test_the_mask_of_a_step_is_that_of_the_step_before_or_the_first(refresh):
     model = build_flux(1)
@@ -359,23 +376,8 @@ def test_the_mask_of_a_step_is_that_of_the_step_before_or_the_first(refresh):
     del model.single_transformer_blocks[:]  # one layer, so that its inputs depend on no mask
     times = (0.9, 0.6, 0.3, 0.95, 0.5)  # the fourth begins a new generation
     attn = model.transformer_blocks[0].attn
-
-    def routed_at(timestep: float) -> Tensor:
-        seen = {}
-        original = functional.scaled_dot_product_attention
-
-        def look(*, query: Tensor, key: Tensor, **kwargs: object) -> Tensor:
-            seen.update(query=query.transpose(1, 2), key=key.transpose(1, 2))
-            return original(query=query, key=key, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(functional, "scaled_dot_product_attention", look)
-            model(**conditioned(timestep=timestep))
-        image, text = seen["query"][:, layout.image_slice], seen["key"][:, layout.text_slice]
-        return keyword_routing(image, text, words, epsilon=0.5)[1]
-
     with torch.no_grad():
-        masks = {timestep: routed_at(timestep) for timestep in times}
+        masks = {timestep: routed_at(model, layout, words, timestep) for timestep in times}
     before = {"every": (None, 0.9, 0.6, None, 0.95), "once": (None, 0.9, 0.9, None, 0.95)}[refresh]
     wanted = []
     for timestep, source in zip(times, before, strict=True):
@@ -388,6 +390,23 @@ def test_the_mask_of_a_step_is_that_of_the_step_before_or_the_first(refresh):
             assert (found - result).abs().max() <= 1e-5
     assert attn.processor is stock
     assert not torch.equal(masks[0.9], masks[0.6])
+
+
+def test_in_training_the_masks_are_those_of_the_same_forward():
+    model, layout, words = build_flux(1), TokenLayout(7, (3, 4), 1, (5,)), [2, 3]
+    del model.single_transformer_blocks[:]
+    settings = {"conditions": KINDS, "keywords": [words], "epsilon": 0.5}
+    with diffusion.apply_pka(model, **settings) as handle:
+        found = {}
+        for timestep in (0.5, 0.5, 0.9, 0.1):  # samples, in no order
+            found[timestep] = output(model.train(), conditioned(timestep=timestep))
+            assert handle.step == -1 and handle.stats().sparse_calls == handle.stats().calls
+    for timestep, out in found.items():
+        routed = routed_at(model, layout, words, timestep)
+        wanted = output(
+            model, conditioned(timestep=timestep), relation_mask(layout, routed=[routed], batch=2)
+        )
+        assert 0 < routed.sum() < routed.numel() and (out - wanted).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -414,6 +433,30 @@ def test_sizes_and_conditions_may_change_and_a_second_generation_equals_the_firs
         again = [output(model, conditioned((3, 4), (12, 5), t)) for t in (0.9, 0.5)]
     assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
     assert runs[2][1].shape != runs[0][1].shape
+
+
+def test_lora_for_conditions_trains_and_travels_as_diffusers_saves_it(tmp_path):
+    pytest.importorskip("peft", reason="pip install 'attnzoo[diffusion]'")
+    from peft.utils import get_peft_model_state_dict
+
+    settings = {"conditions": KINDS, "keywords": [[2]], "epsilon": 0.5}
+    pipe, other = FLUX.pipe(), FLUX.pipe()
+    steps = [conditioned(timestep=t) for t in (0.9, 0.5)]
+    with diffusion.apply_pka(pipe, **settings):
+        modules = ["to_q", "to_k", "to_v", "to_out.0", "x_embedder", "proj_mlp"]
+        train_lora(pipe.transformer.train(), modules, lambda: pipe.transformer(**steps[0])[0])
+        pipe.transformer.eval()
+        wanted = [output(pipe.transformer, x) for x in steps]
+    layers = get_peft_model_state_dict(pipe.transformer)
+    type(pipe).save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    with diffusion.apply_pka(other, **settings):
+        plain = [output(other.transformer, x) for x in steps]
+        other.load_lora_weights(tmp_path)
+        for x, result in zip(steps, wanted, strict=True):
+            torch.testing.assert_close(output(other.transformer, x), result)
+        other.unload_lora_weights()
+        assert all(torch.equal(output(other.transformer, x), y) for x, y in zip(steps, plain, strict=True))
+    assert (wanted[1] - plain[1]).abs().max() > 1e-3
 
 
 def test_a_handle_compares_with_dense_attention():

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 from goldens import cases, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_diffusion import HUNYUAN, WAN, noise
+from tiny_diffusion import HUNYUAN, WAN, noise, train_lora
 from torch import Tensor
 
 from zoo import ConfigError, diffusion
@@ -230,6 +230,29 @@ def test_batch_elements_are_apart_and_a_negative_prompt_may_be_padded_otherwise(
         for i in range(2):
             one = {name: x[i : i + 1] if torch.is_tensor(x) else x for name, x in inputs.items()}
             torch.testing.assert_close(model(**one)[0], both[i : i + 1], atol=1e-5, rtol=1e-4)
+
+
+def test_lora_for_longer_videos_trains_and_travels_as_diffusers_saves_it(tmp_path):
+    pytest.importorskip("peft", reason="pip install 'attnzoo[diffusion]'")
+    from peft.utils import get_peft_model_state_dict
+
+    settings = {"block_size": 4, "decimation_threshold": 8}
+    grid, pipe, other = (9, 2, 4), WAN.pipe(), WAN.pipe()  # four times as long as the other tests' videos
+    inputs = WAN.inputs(grid)
+    with diffusion.apply_radial_attention(pipe, **settings):
+        train_lora(
+            pipe.transformer, ["to_q", "to_k", "to_v", "to_out.0"], lambda: pipe.transformer(**inputs)[0]
+        )
+        wanted = WAN.generate(pipe, grid, steps=2)
+    layers = get_peft_model_state_dict(pipe.transformer)
+    type(pipe).save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    with diffusion.apply_radial_attention(other, **settings):
+        plain = WAN.generate(other, grid, steps=2)
+        other.load_lora_weights(tmp_path)
+        torch.testing.assert_close(WAN.generate(other, grid, steps=2), wanted)
+        other.unload_lora_weights()
+        assert torch.equal(WAN.generate(other, grid, steps=2), plain)
+    assert (wanted - plain).abs().max() > 1e-3
 
 
 def test_long_videos_keep_their_memory_linear():
