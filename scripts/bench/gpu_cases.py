@@ -139,7 +139,7 @@ def compiled(peer: Peer) -> Peer:
 
 def installed(name: str) -> Any | None:
     """An optional package, None where it is not installed or does not load."""
-    if find_spec(name) is None:
+    if find_spec(name.partition(".")[0]) is None:
         return None
     try:
         return import_module(name)

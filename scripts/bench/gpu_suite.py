@@ -388,7 +388,7 @@ def bench(case: Case, results: Results) -> None:
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
         if name == "triton" and step == "forward" and "ms" in row:
-            row |= {"floor": least, "bound": bound, "of_floor": least / row["ms"]}
+            row |= {"floor": least, "bound": bound, "flops": problem.flops, "moved": problem.moved}
         print(f"{case.name}, {step}, {name}: {row.get('ms', row.get('error'))}", flush=True)
         results.found["rows"].append(row)
         results.save()
