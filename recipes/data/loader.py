@@ -194,6 +194,9 @@ class EpochLoader:
                 if "DataLoader" not in str(error):
                     raise
                 reason = str(error).splitlines()[0]
+                # They ignore SIGTERM, so one that hangs would keep this process from ending too.
+                for worker in iterator._workers:
+                    worker.kill()
                 raise ResourceError(
                     f"a data worker died or hung ({reason}); lower data.workers or data.batch_size, "
                     "or set data.workers=0"

@@ -191,6 +191,45 @@ print("alive")
     assert result.stdout.strip() == "alive", result.stderr
 
 
+@pytest.mark.slow
+def test_bombs_are_refused_by_what_they_declare(tmp_path):
+    """A header of 225 million pixels, 169 million real ones in half a megabyte: neither is decoded."""
+    code = """
+import resource, struct, sys, zlib
+from pathlib import Path
+from PIL import Image
+from zoo.errors import DataError
+from zoo.recipes.data.images import read_image
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+def png(file, side, data):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    file.write_bytes(b"\\x89PNG\\r\\n\\x1a\\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+folder = Path(sys.argv[1])
+png(folder / "header.png", 15_000, zlib.compress(b"ab"))
+packer = zlib.compressobj(9)
+row = bytes(1 + 3 * 13_000)
+png(folder / "real.png", 13_000, b"".join(packer.compress(row) for _ in range(13_000)) + packer.flush())
+Image.new("L", (8, 8)).save(folder / "good.png")
+read_image(folder / "good.png")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in ("header.png", "real.png"):
+    try:
+        read_image(folder / name)
+    except DataError as error:
+        print(name in str(error))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    *refused, megabytes = result.stdout.split()
+    assert refused == ["True", "True"]
+    assert int(megabytes) < 300
+
+
 # ---- folders
 
 

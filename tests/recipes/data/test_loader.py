@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+import threading
 from collections import Counter
 
 import numpy as np
@@ -204,6 +206,20 @@ def test_a_killed_worker_says_what_to_change():
     with pytest.raises(ResourceError, match="data.workers=0"):
         list(loader)
     loader.close()
+
+
+def test_a_hung_worker_is_waited_for_no_longer_than_the_limit_and_ended(monkeypatch):
+    class Hung(Numbered):
+        def load(self, index: int) -> Image.Image:
+            threading.Event().wait()
+            raise AssertionError
+
+    monkeypatch.setattr("zoo.recipes.data.loader.WORKER_TIMEOUT", 1)
+    hung = EpochLoader(Hung(8), EVAL, batch_size=4, workers=1)
+    with pytest.raises(ResourceError, match="timed out after 1 seconds.*data.workers=0"):
+        list(hung)
+    hung.close()
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
 
 
 # ---- transforms
