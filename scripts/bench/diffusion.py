@@ -6,17 +6,21 @@
     python scripts/bench/diffusion.py --plan           published sizes, planned only, nothing measured
     python scripts/bench/diffusion.py --json FILE      the figures, with versions and date
 
-Each row is self-attention of one block of a generator at its published geometry, with random inputs: `keep`
-is the fraction of query-key pairs, `expected` its inverse, `attention` the time of torch's dense
-scaled_dot_product_attention over ours, in turns in one process, the fastest turn of each. `block` is what
-that means for a whole block, whose projections and MLP cost the same in both: attention's share there is
-computed from the products. Ratios below 1 are slower than dense and are printed like the others. At a reduced
-size windows and blocks are reduced as well.
+Each row is one block of a generator at its published geometry, with random weights and inputs. `keep` is the
+fraction of query-key pairs and `expected` its inverse. `attention` is the time of torch's dense
+scaled_dot_product_attention over that of ours; `block` the time of diffusers' transformer with a single block
+over that of the same with the method applied, embeddings included; both in turns in one process, the fastest
+turn of each. `share` is the part of the dense block's time that dense attention takes, and with --plan the
+part of the products that it has. Ratios below 1 are slower than dense and are printed like the others.
+
+At a reduced size windows and blocks of tokens are reduced as well, and with fewer heads the block is narrower
+than the published one, so that attention has a larger share of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -27,12 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import zoo
+from zoo import diffusion
 from zoo.diffusion import NeighborhoodConfig, RadialConfig
 from zoo.diffusion.adapters import ADAPTERS
 from zoo.diffusion.handle import Config, Processor, State
@@ -90,14 +96,20 @@ CASES = [
 
 @dataclass(frozen=True)
 class Row:
-    """What a case showed; times in seconds, None where nothing was measured."""
+    """What a case showed; times in seconds, None where nothing was measured.
+
+    `share_of_products` is attention's among all products of a block with all its heads.
+    """
 
     name: str
     tokens: int
     keep: float
-    attention_share: float
-    dense_seconds: float | None = None
-    sparse_seconds: float | None = None
+    share_of_products: float
+    heads: int
+    dense_attention: float | None = None
+    sparse_attention: float | None = None
+    dense_block: float | None = None
+    sparse_block: float | None = None
     backend: str | None = None
 
 
@@ -111,8 +123,82 @@ def processor_of(case: Case, layout: TokenLayout) -> Processor:
     return kind("layer", adapter, State(layout=layout), config(**case.settings))
 
 
+def one_block(case: Case, heads: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """diffusers' transformer with a single block of so many heads, and arguments for its forward."""
+    narrow = 64  # of what encoders give, which costs next to nothing
+    common = {"num_attention_heads": heads, "attention_head_dim": case.width, "num_layers": 1}
+    text = torch.randn(1, case.text or 512, narrow)
+    inputs = {"encoder_hidden_states": text, "return_dict": False}
+    if case.model == "Flux":
+        rope = (case.width // 8, case.width * 7 // 16, case.width * 7 // 16)
+        build = lambda: FluxTransformer2DModel(  # noqa: E731
+            **common, num_single_layers=0, joint_attention_dim=narrow, pooled_projection_dim=narrow,
+            axes_dims_rope=rope,
+        )  # fmt: skip
+        ids = torch.cartesian_prod(torch.zeros(1), *(torch.arange(float(n)) for n in case.grid))
+        inputs |= {"hidden_states": torch.randn(1, len(ids), 64), "timestep": torch.ones(1)}
+        inputs |= {"img_ids": ids, "txt_ids": torch.zeros(case.text, 3)}
+        inputs |= {"pooled_projections": torch.randn(1, narrow)}
+    else:
+        frames, rows, columns = case.grid
+        inputs |= {"hidden_states": torch.randn(1, 16, frames, 2 * rows, 2 * columns)}
+        inputs |= {"timestep": torch.full((1,), 900.0)}
+    if case.model == "Wan":
+        build = lambda: WanTransformer3DModel(  # noqa: E731
+            **common, ffn_dim=int(case.mlp_ratio * heads * case.width), text_dim=narrow
+        )
+    if case.model == "Hunyuan":
+        build = lambda: HunyuanVideoTransformer3DModel(  # noqa: E731
+            **common, num_single_layers=0, num_refiner_layers=1, mlp_ratio=case.mlp_ratio,
+            text_embed_dim=narrow, pooled_projection_dim=narrow, guidance_embeds=False,
+        )  # fmt: skip
+        inputs |= {
+            "encoder_attention_mask": torch.ones(1, case.text, dtype=torch.bool),
+            "pooled_projections": torch.randn(1, narrow),
+        }
+    dtype = dtype_of(device)
+    exact = ("timestep", "img_ids", "txt_ids")
+    with torch.device(device):
+        model = build().eval()
+    in_float32 = model._keep_in_fp32_modules or ()
+    for name, parameter in model.named_parameters():  # as from_pretrained(torch_dtype=dtype) leaves them
+        if not set(name.split(".")) & set(in_float32):
+            parameter.data = parameter.data.to(dtype)
+    for name, x in inputs.items():
+        if torch.is_tensor(x):
+            inputs[name] = x.to(device, dtype if x.is_floating_point() and name not in exact else x.dtype)
+    return model, inputs
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def measure_block(case: Case, heads: int, device: torch.device, turns: int) -> tuple[float, float]:
+    """Seconds of a dense and of a sparse forward of one block."""
+    model, inputs = one_block(case, heads, device)
+    changed = copy.deepcopy(model)
+    apply = {"radial": diffusion.apply_radial_attention, "neighborhood": diffusion.apply_neighborhood}
+    with apply[case.method](changed, **case.settings) as handle:
+        times = fastest([lambda: model(**inputs), lambda: changed(**inputs)], device, turns)
+        if not handle.stats().sparse_calls:
+            raise RuntimeError(f"{case.name}: nothing was sparse")
+    return times[0], times[1]
+
+
+@torch.no_grad()
+def fastest(sides: list[Callable[[], Any]], device: torch.device, turns: int) -> list[float]:
+    """Seconds of the fastest of so many turns of each side, after one to get warm."""
+    for side in sides:
+        side()
+    return [min(times) for times in zip(*([clock(s, device) for s in sides] for _ in range(turns)),
+                                        strict=True)]  # fmt: skip
+
+
 def measure(case: Case, heads: int | None, device: torch.device, turns: int, plan_only: bool) -> Row:
     """Plan a case and, unless `plan_only`, run both sides in turns."""
+    heads = heads or case.heads
     layout = TokenLayout(case.text, case.grid, text_last=case.model == "Hunyuan")
     processor = processor_of(case, layout)
     config: Config = processor.config
@@ -122,11 +208,10 @@ def measure(case: Case, heads: int | None, device: torch.device, turns: int, pla
     attention, rest = 2 * layout.tokens, (4 + 2 * case.mlp_ratio) * case.heads * case.width
     share = attention / (attention + rest)
     if plan_only or plan is None:
-        return Row(case.name, layout.tokens, keep, share)
+        return Row(case.name, layout.tokens, keep, share, heads)
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = (1, layout.tokens, heads or case.heads, case.width)
-    query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    shape = (1, layout.tokens, heads, case.width)
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype_of(device)) for _ in range(3))
 
     def dense() -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -135,18 +220,14 @@ def measure(case: Case, heads: int | None, device: torch.device, turns: int, pla
     def sparse() -> Tensor:
         return processor.attend(query, key, value, layout, plan)
 
-    best = {dense: float("inf"), sparse: float("inf")}
-    with torch.no_grad():
-        for side in best:
-            side()  # warm
-        for _ in range(turns):
-            for side in best:
-                best[side] = min(best[side], clock(side, device))
+    attention = fastest([dense, sparse], device, turns)
     backend = config.chosen_backend(query, key, layout, plan)
-    return Row(case.name, layout.tokens, keep, share, best[dense], best[sparse], backend)
+    del query, key, value
+    block = measure_block(case, heads, device, turns)
+    return Row(case.name, layout.tokens, keep, share, heads, *attention, *block, backend)
 
 
-def clock(run: Callable[[], Tensor], device: torch.device) -> float:
+def clock(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one run: CPU time on a CPU, which others on the machine do not lengthen."""
     if device.type != "cuda":
         start = time.process_time()
@@ -184,15 +265,19 @@ def main() -> None:
     rows = [measure(case, heads, device, arguments.turns, arguments.plan) for case in cases]
     table = Table("case", "tokens", "keep", "expected", "attention", "share", "block", "backend")
     for row in rows:
-        ratio = row.dense_seconds / row.sparse_seconds if row.sparse_seconds else None
-        block = None if ratio is None else 1 / (1 - row.attention_share + row.attention_share / ratio)
+        attention = block = "-"
+        share = row.share_of_products
+        if row.sparse_block:
+            attention = f"{row.dense_attention / row.sparse_attention:.2f}x"
+            block = f"{row.dense_block / row.sparse_block:.2f}x"
+            share = row.dense_attention / row.dense_block
         table.add_row(
-            row.name, f"{row.tokens:,}", f"{row.keep:.3f}", f"{1 / row.keep:.2f}x",
-            "-" if ratio is None else f"{ratio:.2f}x", f"{row.attention_share:.0%}",
-            "-" if block is None else f"{block:.2f}x", row.backend or "-",
+            row.name, f"{row.tokens:,}", f"{row.keep:.3f}", f"{1 / row.keep:.2f}x", attention, f"{share:.0%}",
+            block, row.backend or "-",
         )  # fmt: skip
     name = torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine()
-    Console().print(table, f"{name}, torch {torch.__version__}, rows and columns divided by {scale}")
+    width = "all heads" if heads is None else f"{heads} head{'s' * (heads > 1)}"
+    Console().print(table, f"{name}, torch {torch.__version__}, rows and columns divided by {scale}, {width}")
     if arguments.json:
         figures = {
             "device": name, "torch": torch.__version__, "zoo": zoo.__version__, "scale": scale,
