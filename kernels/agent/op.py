@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.kernels import dispatch
-from zoo.kernels.agent import reference, sdpa
+from zoo.kernels import dispatch, tile
+from zoo.kernels.agent import reference, schema, sdpa
 from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
 
 OP = "agent_attention"
@@ -131,7 +131,31 @@ def _arguments(call: Call) -> tuple:
     return call.q, call.k, call.v, call.agents, call.bias_in, call.bias_out, call.scale
 
 
+def _run_triton(call: Call) -> Tensor:
+    gathered = _attend(call.agents, call.k, call.v, call.bias_in, call.scale)
+    return _attend(call.q, call.agents, gathered, call.bias_out, call.scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.ndim)].expand(-1, -1, q.shape[1], k.shape[1])
+    return schema.forward(q, k, v, bias, scale, "triton")[0]
+
+
+def _describe_triton(call: Call) -> str:
+    from zoo.kernels.agent import triton
+
+    return triton.describe(call.q, call.v, call.bias_out is not None)
+
+
 dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "triton",
+        run=_run_triton,
+        why_not=lambda call: tile.why_not(call.q, call.v),
+        missing=tile.missing,
+        configuration=_describe_triton,
+    ),
     dispatch.Backend(
         "sdpa",
         run=lambda call: sdpa.agent_attention(*_arguments(call)),

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from zoo.kernels.block_sparse.cpu import Lists
 from zoo.kernels.tile import launch, policies
-from zoo.kernels.tile.launch import NO_BIAS, Bias, Policy, Tiling, tile_size
+from zoo.kernels.tile.launch import Policy, Tiling, tile_size
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: Lists, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, N, Hq, Dv] in q's dtype and the natural-log LSE [B, N, Hq]."""
-    return launch.forward(q, k, v, _tiling(q, k, lists, None), scale, _bias(bias))
+    return launch.forward(q, k, v, _tiling(q, k, lists, None), scale, launch.table(bias))
 
 
 def backward(
@@ -36,10 +36,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k, v and, with `bias_grad`, of the bias."""
     tiling = _tiling(q, k, lists, (inverse_offsets, inverse_indices))
-    *grads, rows = launch.backward(grad_out, grad_lse, q, k, v, out, lse, tiling, scale, _bias(bias))
+    *grads, rows = launch.backward(grad_out, grad_lse, q, k, v, out, lse, tiling, scale, launch.table(bias))
     dbias = None
     if bias_grad:
-        dbias = launch.table_gradient(grad_out, q, k, v, rows, bias, tiling, scale, _bias(bias))
+        dbias = launch.table_gradient(grad_out, q, k, v, rows, bias, tiling, scale, launch.table(bias))
     return (*grads, dbias)
 
 
@@ -79,10 +79,3 @@ def _tiling(q: Tensor, k: Tensor, lists: Lists, inverse: tuple[Tensor, Tensor] |
         )
 
     return tiling
-
-
-def _bias(bias: Tensor | None) -> Bias:
-    if bias is None:
-        return NO_BIAS
-    shared = [0 if bias.shape[axis] == 1 else bias.stride(axis) for axis in (0, 1)]
-    return Bias(policies.table_bias, (bias, *shared, *bias.stride()[2:]))

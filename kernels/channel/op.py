@@ -12,7 +12,8 @@ from zoo.kernels.channel import cpu, reference, schema
 from zoo.kernels.checks import same_kind, scale_or_default, without_autocast
 
 OP = "channel_attention"
-WIDEST = 128  # channels of a head: a map of them stays in registers
+# Channels of a head, by bytes per number: a map of them stays in registers.
+WIDEST = {2: 128, 4: 64, 8: 128}
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def _cpu_why_not(call: Call) -> str | None:
 
 
 def _triton_why_not(call: Call) -> str | None:
-    width = max(call.q.shape[-1], call.k.shape[-1])
-    if width > WIDEST:
-        return f"heads of more than {WIDEST} channels, found {width}"
+    width, widest = max(call.q.shape[-1], call.k.shape[-1]), WIDEST[call.q.element_size()]
+    if width > widest:
+        return f"heads of more than {widest} channels in {call.q.dtype}, found {width}"
     return tile.why_not(call.q, call.k)
 
 

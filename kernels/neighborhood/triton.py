@@ -40,7 +40,7 @@ def forward(
     dtype = torch.promote_types(q.dtype, torch.float32)
     parts = (
         launch.forward(q, k, v, near, scale, bias, out_dtype=dtype),
-        launch.forward(q, extra_k, extra_v, _dense(q, extra_k), scale, out_dtype=dtype),
+        launch.forward(q, extra_k, extra_v, launch.dense(q, extra_k), scale, out_dtype=dtype),
     )
     out, lse = merge_attentions(*zip(*parts, strict=True))
     return out.to(q.dtype), lse
@@ -68,7 +68,7 @@ def backward(
     if rpb_grad:
         grads.append(_table_gradient(grad_out, q, k, v, rows, rpb, axes, scale, bias))
     if extra_k is not None:
-        dense = _dense(q, extra_k)
+        dense = launch.dense(q, extra_k)
         dq, *more, _ = launch.backward(grad_out, grad_lse, q, extra_k, extra_v, *after, dense, scale)
         grads[0] = grads[0] + dq
         grads += more
@@ -152,28 +152,6 @@ def _visits(axis: Axis, queries: int, keys: int) -> dict[tuple[int, int], int]:
         for other in (2**n for n in range(keys.bit_length())):
             visits[side, other] = axis.dilation * int((-(-reach // other)).sum())
     return visits
-
-
-def _dense(q: Tensor, k: Tensor) -> Tiling:
-    queries, keys = q.shape[1], k.shape[1]
-
-    def tiling(wanted_queries: int, wanted_keys: int) -> Policy:
-        tq, tk = tile_size(wanted_queries, queries), tile_size(wanted_keys, keys)
-        return Policy(
-            (queries, keys),
-            (tq, tk),
-            -(-queries // tq),
-            -(-keys // tk),
-            policies.dense_own_q,
-            policies.dense_own_k,
-            policies.dense_keys_of,
-            policies.dense_queries_of,
-            policies.dense_visit_k,
-            policies.dense_visit_q,
-            policies.dense_allow if keys % tk else None,
-        )
-
-    return tiling
 
 
 def _bias(rpb: Tensor | None) -> Bias:

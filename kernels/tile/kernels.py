@@ -250,6 +250,45 @@ def dtable_kernel(
 
 
 @triton.jit
+def dpairs_kernel(
+    p_q, p_k, p_v, p_do, p_rows, p_dtable, B, P, scale_2, rest_2, query_tiles, key_tiles, batch, heads,
+    shared, queries, rows_size, table_b, table_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, dt_b, dt_h, dt_n, dt_m,
+    SHAPE: tl.constexpr, OWN_Q: tl.constexpr, OWN_K: tl.constexpr, ALLOW: tl.constexpr, BIAS: tl.constexpr,
+    TQ: tl.constexpr, TK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr,
+    PDV: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a table bias where all tiles meet. A program owns a tile of the table and adds over the
+    images and heads that share it in registers: few queries leave few rows to go by."""
+    i = tl.program_id(0)
+    o_q, m_q, of_q = OWN_Q(P, SHAPE, i % query_tiles)
+    o_k, m_k, of_k = OWN_K(P, SHAPE, i // query_tiles % key_tiles)
+    first = i // query_tiles // key_tiles
+    first_h = first % table_h
+    first_b = first // table_h
+    scale = _exact(scale_2, rest_2, ACC)
+    b_sum = tl.zeros([TQ, TK], ACC)
+    for r in range(0, batch // table_b * (heads // table_h)):
+        i_h = (first_h + r % (heads // table_h)).to(tl.int64)
+        i_b = (first_b + r // (heads // table_h)).to(tl.int64)
+        b_q = _rows(p_q + i_b * q_b + i_h * q_h, q_n, o_q, m_q, D, PD)
+        b_do = _rows(p_do + i_b * do_b + i_h * do_h, do_n, o_q, m_q, DV, PDV)
+        b_k = _rows(p_k + i_b * k_b + i_h // shared * k_h, k_n, o_k, m_k, D, PD)
+        b_v = _rows(p_v + i_b * v_b + i_h // shared * v_h, v_n, o_k, m_k, DV, PDV)
+        p_rows_h = p_rows + (i_b * heads + i_h) * queries
+        b_lse = tl.load(p_rows_h + o_q, mask=m_q, other=0.0)
+        b_delta = tl.load(p_rows_h + rows_size + o_q, mask=m_q, other=0.0)
+        b_s = _logits(
+            b_q, b_k, scale, B, P, SHAPE, o_q, o_k, m_q, m_k, of_q, of_k, i_b, i_h, 0, ALLOW, BIAS, PREC, ACC
+        )  # fmt: skip
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PREC, out_dtype=ACC)
+        b_sum += tl.exp2(b_s - b_lse[:, None]) * (b_dp - b_delta[:, None])
+    p_dtable += first_b.to(tl.int64) * dt_b + first_h.to(tl.int64) * dt_h
+    p_tile = p_dtable + o_q.to(tl.int64)[:, None] * dt_n + o_k.to(tl.int64)[None, :] * dt_m
+    tl.store(p_tile, b_sum, mask=m_q[:, None] & m_k[None, :])
+
+
+@triton.jit
 def drelative_kernel(
     p_q, p_k, p_v, p_do, p_rows, p_sums, B, P, scale_2, rest_2, tiles, batch, heads, shared, queries,
     rows_size,

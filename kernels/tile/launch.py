@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.configs import Config, choose
-from zoo.kernels.tile import kernels
+from zoo.kernels.tile import kernels, policies
 
 LOG2_E = 1.4426950408889634
 
@@ -155,6 +155,68 @@ def table_gradient(
         ALLOW=policy.allow, BIAS=bias.function, **constants(q, v),
     )  # fmt: skip
     return dtable.to(table.dtype)
+
+
+def pair_gradient(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    tiling: Tiling,
+    scale: float,
+    bias: Bias,
+) -> Tensor:
+    """Return what `table_gradient` does where all tiles meet, also in parallel where queries are few."""
+    q, k, v, grad_out = (dense_rows(x) for x in (q, k, v, grad_out))
+    batch, queries, heads, _ = q.shape
+    if batch == 0:
+        return torch.zeros_like(table)
+    dtable = q.new_empty(table.shape, dtype=_sums(q))
+    config = config_of("dtable", q, v)
+    policy = tiling(config.queries, config.keys)
+    tiles = policy.query_tiles, policy.key_tiles
+    launch(
+        kernels.dpairs_kernel, tiles[0] * tiles[1] * table.shape[0] * table.shape[1], config, q,
+        q, k, v, grad_out, rows, dtable, bias.data, policy.data, *exact(scale * LOG2_E), *tiles, batch, heads,
+        heads // k.shape[2], queries, rows[0].numel(), *table.shape[:2], *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *grad_out.stride()[:3], *dtable.stride(), SHAPE=policy.shape, OWN_Q=policy.own_q,
+        OWN_K=policy.own_k, ALLOW=policy.allow, BIAS=bias.function, TQ=policy.shape[0], TK=policy.shape[1],
+        **constants(q, v),
+    )  # fmt: skip
+    return dtable.to(table.dtype)
+
+
+def dense(q: Tensor, k: Tensor) -> Tiling:
+    """Every query sees every key."""
+    queries, keys = q.shape[1], k.shape[1]
+
+    def tiling(wanted_queries: int, wanted_keys: int) -> Policy:
+        tq, tk = tile_size(wanted_queries, queries), tile_size(wanted_keys, keys)
+        return Policy(
+            (queries, keys),
+            (tq, tk),
+            -(-queries // tq),
+            -(-keys // tk),
+            policies.dense_own_q,
+            policies.dense_own_k,
+            policies.dense_keys_of,
+            policies.dense_queries_of,
+            policies.dense_visit_k,
+            policies.dense_visit_q,
+            policies.dense_allow if keys % tk else None,
+        )
+
+    return tiling
+
+
+def table(bias: Tensor | None) -> Bias:
+    """A number for each pair of tokens [B or 1, Hq or 1, N, M], or none."""
+    if bias is None:
+        return NO_BIAS
+    shared = [0 if bias.shape[axis] == 1 else bias.stride(axis) for axis in (0, 1)]
+    return Bias(policies.table_bias, (bias, *shared, *bias.stride()[2:]))
 
 
 def constants(q: Tensor, v: Tensor) -> dict[str, Any]:

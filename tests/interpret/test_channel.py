@@ -114,5 +114,7 @@ def test_explain_and_refusals():
     told = ops.explain("channel_attention", *inputs(20, dtype=torch.float32))
     assert (told.backend, told.configuration) == ("triton", "tiles of 16 tokens, 4 warps, 1 stages")
     wide = inputs(4, dim=130)
-    with pytest.raises(RuntimeError, match="more than 128 channels, found 130; use cpu or reference"):
+    with pytest.raises(
+        RuntimeError, match="more than 128 channels in torch.float64, found 130; use cpu or reference"
+    ):
         ops.channel_attention(*wide, backend="triton")
