@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import dispatch
-from zoo.kernels.bilevel import cpu, reference
+from zoo.kernels import dispatch, tile
+from zoo.kernels.bilevel import cpu, reference, schema
 from zoo.kernels.bilevel.regions import to_regions
 from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
 
@@ -239,7 +239,30 @@ def _cpu_why_not(call: Call) -> str | None:
     return None if call.q.device.type == "cpu" else f"the tensors are on {call.q.device}"
 
 
+def _triton_why_not(call: Call) -> str | None:
+    if call.route_weights is not None:
+        return "route_weights"
+    return tile.why_not(call.q, call.v)
+
+
+def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
+    return schema.forward(call.q, call.k, call.v, call.routes, list(call.regions), call.scale, "triton")
+
+
+def _describe_triton(call: Call) -> str:
+    from zoo.kernels.bilevel import triton
+
+    return triton.describe(call.q, call.k, call.v, call.routes, call.regions)
+
+
 dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "triton",
+        run=_run_triton,
+        why_not=_triton_why_not,
+        missing=tile.missing,
+        configuration=_describe_triton,
+    ),
     dispatch.Backend(
         "cpu",
         run=lambda call: cpu.bilevel_routing_attention(*_arguments(call), return_lse=call.return_lse),

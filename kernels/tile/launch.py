@@ -96,8 +96,12 @@ def backward(
     tiling: Tiling,
     scale: float,
     bias: Bias = NO_BIAS,
+    tiling_of_keys: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, and LSE (base 2) and delta of every row [2, B, Hq, N]."""
+    """Return the gradients of q, k and v, and LSE (base 2) and delta of every row [2, B, Hq, N].
+
+    `tiling_of_keys` is for dk and dv, where other tiles than those for dq are better.
+    """
     q, k, v, grad_out = (dense_rows(x) for x in (q, k, v, grad_out))
     batch, queries, heads, _ = q.shape
     shared = heads // k.shape[2]
@@ -117,7 +121,7 @@ def backward(
         TQ=policy.shape[0], **constants(q, v),
     )  # fmt: skip
     config = config_of("dkv", q, v, bias.function is not None)
-    policy = tiling(config.queries, config.keys)
+    policy = (tiling_of_keys or tiling)(config.queries, config.keys)
     launch(
         kernels.dkv_kernel, policy.key_tiles * batch * k.shape[2], config, q,
         q, k, v, grad_out, dk, dv, rows, bias.data, policy.data, *scales, policy.key_tiles, heads,

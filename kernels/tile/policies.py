@@ -155,6 +155,70 @@ def list_allow(P, SHAPE: tl.constexpr, of_q, of_k, m_k, Q: tl.constexpr):
         return along(of_q[0] >= 0, Q) & along(m_k, 1 - Q)
 
 
+# Routed regions --------------------------------------------------------------------------------------------
+# P = (lists of the regions that query regions chose, offsets and entries of the inverse lists, regions,
+#      regions in a row, columns of the query map, columns of the key map)
+# SHAPE = (TQ, TK, queries and keys of a region, columns of a query and a key region, regions chosen,
+#          every key tile is full)
+# A tile that is visited takes the tokens of the listed regions one after the other, so that small regions
+# fill it together; a tile that owns lies in one region.
+
+
+@triton.jit
+def _in_region(region, place, P, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Token of the map at a place of a region."""
+    row = region // P[4] * (SIZE // WIDTH) + place // WIDTH
+    return row * P[COLUMNS] + region % P[4] * WIDTH + place % WIDTH
+
+
+@triton.jit
+def region_own_q(P, SHAPE: tl.constexpr, i_tile):
+    SUB: tl.constexpr = (SHAPE[2] + SHAPE[0] - 1) // SHAPE[0]
+    place = i_tile % SUB * SHAPE[0] + tl.arange(0, SHAPE[0])
+    return _in_region(i_tile // SUB, place, P, SHAPE[2], SHAPE[4], 5), place < SHAPE[2], (place,)
+
+
+@triton.jit
+def region_own_k(P, SHAPE: tl.constexpr, i_tile):
+    SUB: tl.constexpr = (SHAPE[3] + SHAPE[1] - 1) // SHAPE[1]
+    place = i_tile % SUB * SHAPE[1] + tl.arange(0, SHAPE[1])
+    return _in_region(i_tile // SUB, place, P, SHAPE[3], SHAPE[5], 6), place < SHAPE[3], (place,)
+
+
+@triton.jit
+def region_keys_of(P, SHAPE: tl.constexpr, i_tile, i_b, i_h):
+    SUB: tl.constexpr = (SHAPE[2] + SHAPE[0] - 1) // SHAPE[0]
+    slots: tl.constexpr = SHAPE[6] * SHAPE[3]
+    return tl.cdiv(slots, SHAPE[1]), ((i_b * P[3] + i_tile // SUB) * SHAPE[6],)
+
+
+@triton.jit
+def region_queries_of(P, SHAPE: tl.constexpr, i_tile, i_b, i_h):
+    SUB: tl.constexpr = (SHAPE[3] + SHAPE[1] - 1) // SHAPE[1]
+    p_row = P[1] + i_b * (P[3] + 1) + i_tile // SUB
+    begin = tl.load(p_row)
+    slots = (tl.load(p_row + 1) - begin) * SHAPE[2]
+    return tl.cdiv(slots, SHAPE[0]), (i_b * P[3] * SHAPE[6] + begin, slots)
+
+
+@triton.jit
+def region_visit_k(P, SHAPE: tl.constexpr, where, t):
+    slot = t * SHAPE[1] + tl.arange(0, SHAPE[1])
+    m = slot < SHAPE[6] * SHAPE[3]
+    if SHAPE[7]:
+        m = tl.full([SHAPE[1]], True, tl.int1)
+    region = tl.load(P[0] + where[0] + slot // SHAPE[3], mask=m, other=0)
+    return _in_region(region, slot % SHAPE[3], P, SHAPE[3], SHAPE[5], 6), m, (slot,)
+
+
+@triton.jit
+def region_visit_q(P, SHAPE: tl.constexpr, where, t):
+    slot = t * SHAPE[0] + tl.arange(0, SHAPE[0])
+    m = slot < where[1]
+    region = tl.load(P[2] + where[0] + slot // SHAPE[2], mask=m, other=0)
+    return _in_region(region, slot % SHAPE[2], P, SHAPE[2], SHAPE[4], 5), m, (slot,)
+
+
 # Neighborhoods ---------------------------------------------------------------------------------------------
 # Three axes always; a grid of fewer has axes of length 1 in front, which the compiler folds away.
 # P = (length, kernel size, dilation, stride) of every axis
