@@ -1,7 +1,8 @@
 """Which backend computes an operation: what every operation shares.
 
-An operation lists its backends, fastest first. `auto` takes the first that can run the call; a named backend
-is obeyed or refused with its reason, never replaced. The choice is made once per call.
+An operation lists its backends, fastest first. `auto` takes the first that can run the call, but for peers
+that are there to compare with; a named backend is obeyed or refused with its reason, never replaced. The
+choice is made once per call.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Backend:
     why_not: Callable[[Any], str | None]  # why it cannot run this call, None where it can
     missing: Callable[[], str | None] = lambda: None  # why it cannot run on this machine at all
     configuration: Callable[[Any], str] = lambda call: ""  # how it would run this call
+    only_by_name: bool = False  # auto never takes it
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def resolve(op: str, requested: str, call: Any) -> tuple[Backend, str]:
     refusals = []
     if name == "auto":
         for backend in table:
+            if backend.only_by_name:
+                continue
             reason = backend.missing() or backend.why_not(call)
             if reason is None:
                 return backend, "; ".join(refusals) or "the fastest that can run"
@@ -95,7 +99,8 @@ def resolve(op: str, requested: str, call: Any) -> tuple[Backend, str]:
             reason = backend.missing() or backend.why_not(call)
             if reason is None:
                 return backend, "asked for by name"
-            able = [b.name for b in table if b.missing() is None and b.why_not(call) is None]
+            others = [b for b in table if not b.only_by_name]
+            able = [b.name for b in others if b.missing() is None and b.why_not(call) is None]
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use {' or '.join(able)}")
     names = ["auto", *(backend.name for backend in table)]
     raise ValueError(f"{op} has no backend {name!r}; use {', '.join(names)}{did_you_mean(name, names)}")

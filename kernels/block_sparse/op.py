@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import dispatch, tile
+from zoo.kernels import dispatch, peers, tile
 from zoo.kernels.block_sparse import reference, schema
 from zoo.kernels.block_sparse.blocks import BlockList
 
@@ -27,6 +27,7 @@ class Call:
     blocks: BlockList
     scale: float
     bias: Tensor | None
+    return_lse: bool = False
 
 
 def block_sparse_attention(
@@ -129,7 +130,8 @@ def _check(
     if isinstance(scale, Tensor):
         raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    return Call(q, k, v, blocks, width**-0.5 if scale is None else float(scale), bias)
+    scale = width**-0.5 if scale is None else float(scale)
+    return Call(q, k, v, blocks, scale, bias, return_lse)
 
 
 def _check_blocks(blocks: BlockList, q: Tensor, keys: int) -> None:
@@ -188,6 +190,29 @@ def _cpu_why_not(call: Call) -> str | None:
     return dispatch.why_not_opaque()
 
 
+def _flex_why_not(call: Call) -> str | None:
+    leaves = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
+    return peers.flex_why_not(leaves, call.q.shape[-1])
+
+
+def _run_flex(call: Call) -> tuple[Tensor, Tensor]:
+    from zoo.kernels.block_sparse import peers
+
+    return peers.flex(call.q, call.k, call.v, call.blocks, call.scale, call.bias)
+
+
+def _xformers_why_not(call: Call) -> str | None:
+    if call.blocks.query_segments is None:
+        return "blocks without segments; BlockList.from_segments makes those it can take"
+    return peers.xformers_why_not(call.q, call.v, call.bias, call.return_lse)
+
+
+def _run_xformers(call: Call) -> tuple[Tensor, None]:
+    from zoo.kernels.block_sparse import peers
+
+    return peers.xformers(call.q, call.k, call.v, call.blocks, call.scale), None
+
+
 def _describe_triton(call: Call) -> str:
     from zoo.kernels.block_sparse import triton
 
@@ -210,6 +235,14 @@ dispatch.OPERATIONS[OP] = (
         configuration=lambda call: (
             f"blocks of {call.blocks.query_size} queries and {call.blocks.key_size} keys"
         ),
+    ),
+    dispatch.Backend("flex", run=_run_flex, why_not=_flex_why_not, only_by_name=True),
+    dispatch.Backend(
+        "xformers",
+        run=_run_xformers,
+        why_not=_xformers_why_not,
+        missing=peers.xformers_missing,
+        only_by_name=True,
     ),
     dispatch.Backend(
         "reference",

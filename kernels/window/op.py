@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.kernels import dispatch, tile
+from zoo.kernels import dispatch, peers, tile
 from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
 from zoo.kernels.window import reference, schema, sdpa
 
@@ -147,6 +147,23 @@ def _arguments(call: Call) -> tuple:
     return call.q, call.k, call.v, call.window_size, call.shift, call.scale, call.bias
 
 
+def _flex_why_not(call: Call) -> str | None:
+    leaves = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
+    return peers.flex_why_not(leaves, call.q.shape[-1])
+
+
+def _run_flex(call: Call) -> tuple[Tensor, Tensor]:
+    from zoo.kernels.window import peers
+
+    return peers.flex(*_arguments(call))
+
+
+def _run_xformers(call: Call) -> tuple[Tensor, None]:
+    from zoo.kernels.window import peers
+
+    return peers.xformers(*_arguments(call)[:-1]), None
+
+
 def _triton_why_not(call: Call) -> str | None:
     tokens = call.window_size[0] * call.window_size[1]
     if tokens > WHOLE_WINDOW:
@@ -182,6 +199,14 @@ dispatch.OPERATIONS[OP] = (
         "sdpa",
         run=lambda call: sdpa.window_attention(*_arguments(call), return_lse=call.return_lse),
         why_not=lambda call: None,
+    ),
+    dispatch.Backend("flex", run=_run_flex, why_not=_flex_why_not, only_by_name=True),
+    dispatch.Backend(
+        "xformers",
+        run=_run_xformers,
+        why_not=lambda call: peers.xformers_why_not(call.q, call.v, call.bias, call.return_lse),
+        missing=peers.xformers_missing,
+        only_by_name=True,
     ),
     dispatch.Backend(
         "reference",
