@@ -29,8 +29,7 @@ from unittest import mock
 
 import torch
 import triton
-from triton.runtime import driver
-from without_gpu import NoDevice, compiling, on_a_device
+from without_gpu import compile_for, compiling, on_a_device
 
 from zoo import ops
 from zoo.kernels import configs
@@ -371,7 +370,7 @@ def main() -> int:
         return 0
     if arguments.architecture is None:
         parser.error(f"name an architecture ({', '.join(SHARED)}), or --budget or --check for all")
-    driver.set_active(NoDevice(arguments.architecture))
+    compile_for(arguments.architecture)
     if not arguments.choose:
         json.dump(report(arguments.cases), sys.stdout, indent=1)
         return 0

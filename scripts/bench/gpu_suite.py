@@ -481,11 +481,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(adopt(given.adopt))
         return 0
     if given.compile_case:
-        from triton.runtime import driver
-        from without_gpu import NoDevice
+        from without_gpu import compile_for
 
         name, architecture = given.compile_case
-        driver.set_active(NoDevice(architecture))
+        compile_for(architecture)
         print(compile_case(next(case for case in CASES if case.name == name), given.candidates))
         return 0
     cases = [case for case in CASES if given.only in case.name]

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from zoo import ops  # noqa: F401  fills the tables of backends
 from zoo.kernels import dispatch, tile
@@ -47,6 +48,13 @@ class NoDevice:
     def map_python_to_cpp_type(self, name: str) -> str:
         """Return a type's name for a launcher that is never built."""
         return name
+
+
+def compile_for(architecture: str) -> None:
+    """Let this process compile for an architecture, once for good."""
+    driver.set_active(NoDevice(architecture))
+    if not architecture.startswith("sm_"):
+        torch.version.hip = "none"  # the launchers ask PyTorch whose GPU it is
 
 
 @contextmanager
