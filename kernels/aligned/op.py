@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import dispatch
-from zoo.kernels.aligned import cpu, reference
+from zoo.kernels import dispatch, tile
+from zoo.kernels.aligned import cpu, reference, schema
 
 OP = "aligned_attention"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -141,7 +141,30 @@ def _cpu_why_not(call: Call) -> str | None:
     return dispatch.why_not_opaque()
 
 
+def _triton_why_not(call: Call) -> str | None:
+    if 0 in call.q.shape[1:-2]:
+        return "a grid without tokens"
+    return tile.why_not(call.q, call.v)
+
+
+def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
+    return schema.forward(call.q, call.k, call.v, list(call.radius), call.scale, "triton")
+
+
+def _describe_triton(call: Call) -> str:
+    from zoo.kernels.aligned import triton
+
+    return triton.describe(call.q, call.v, call.radius)
+
+
 dispatch.OPERATIONS[OP] = (
+    dispatch.Backend(
+        "triton",
+        run=_run_triton,
+        why_not=_triton_why_not,
+        missing=tile.missing,
+        configuration=_describe_triton,
+    ),
     dispatch.Backend(
         "cpu",
         run=lambda call: cpu.aligned_attention(*_arguments(call)),

@@ -34,7 +34,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, N, Hq, Dv] in q's dtype and the natural-log LSE [B, N, Hq]."""
-    near, bias = _tiling(axes), _bias(rpb)
+    near, bias = tiling_of(axes), _bias(rpb)
     if extra_k is None or extra_k.shape[1] == 0:
         return launch.forward(q, k, v, near, scale, bias)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -64,7 +64,7 @@ def backward(
     """Return the gradients of q, k, v, with `rpb_grad` of rpb, and of the extra keys and values if any."""
     bias = _bias(rpb)
     after = (out, lse)
-    *grads, rows = launch.backward(grad_out, grad_lse, q, k, v, *after, _tiling(axes), scale, bias)
+    *grads, rows = launch.backward(grad_out, grad_lse, q, k, v, *after, tiling_of(axes), scale, bias)
     if rpb_grad:
         grads.append(_table_gradient(grad_out, q, k, v, rows, rpb, axes, scale, bias))
     if extra_k is not None:
@@ -78,24 +78,31 @@ def backward(
 def describe(axes: tuple[Axis, ...], q: Tensor, v: Tensor, biased: bool) -> str:
     """How a grid would be computed, in words."""
     config = launch.config_of("forward", q, v, biased)
-    shape = _tiling(axes)(config.queries, config.keys).shape
+    shape = tiling_of(axes)(config.queries, config.keys).shape
     rank = len(axes)
     sides = ["x".join(map(str, shape[end - rank : end])) for end in (5, 8)]
     launched = f"{config.warps} warps, {config.stages} stages"
     return f"tiles of {sides[0]} queries and {sides[1]} keys, {launched}"
 
 
-def _tiling(axes: tuple[Axis, ...]) -> Tiling:
+def tiling_of(axes: tuple[Axis, ...], *, clipped: bool = False) -> Tiling:
+    """Which boxes of tokens meet; `clipped` windows are cut off at a border, where others shift."""
+    border = [policies.CLIPPED.value if clipped else int(axis.is_causal) for axis in axes]
+    border = (0,) * (3 - len(axes)) + tuple(border)
     axes = (Axis(1, 1),) * (3 - len(axes)) + axes
     data = tuple(n for axis in axes for n in (axis.length, axis.kernel_size, axis.dilation, axis.stride))
+    # A clipped window may be wider than the map.
+    fitting = tuple(axis._replace(kernel_size=min(axis.kernel_size, axis.length)) for axis in axes)
     rank = max([3 - number for number, axis in enumerate(axes) if axis.length > 1], default=1)
 
     def tiling(wanted_queries: int, wanted_keys: int) -> Policy:
         members = prod(_longest_group(axis) for axis in axes)
-        query_box, key_box = _boxes(axes, tile_size(wanted_queries, members), tile_size(wanted_keys, members))
+        query_box, key_box = _boxes(
+            fitting, tile_size(wanted_queries, members), tile_size(wanted_keys, members)
+        )
         return Policy(
             data,
-            (prod(query_box), prod(key_box), *query_box, *key_box, *(a.is_causal for a in axes), rank),
+            (prod(query_box), prod(key_box), *query_box, *key_box, *border, rank),
             _count(axes, query_box),
             _count(axes, key_box),
             policies.na_own_q,
@@ -178,7 +185,7 @@ def _table_gradient(
     q, k, v, grad_out = (launch.dense_rows(x) for x in (q, k, v, grad_out))
     batch, queries, heads, _ = q.shape
     config = launch.config_of("drelative", q, v)
-    policy = _tiling(axes)(config.queries, config.keys)
+    policy = tiling_of(axes)(config.queries, config.keys)
     tq, tk, *sides = policy.shape[:8]
     low, counts, index = _places(tuple(a.kernel_size for a in axes), tuple(sides))
     places, work = prod(counts), batch * policy.query_tiles

@@ -222,32 +222,42 @@ def region_visit_q(P, SHAPE: tl.constexpr, where, t):
 # Neighborhoods ---------------------------------------------------------------------------------------------
 # Three axes always; a grid of fewer has axes of length 1 in front, which the compiler folds away.
 # P = (length, kernel size, dilation, stride) of every axis
-# SHAPE = (TQ, TK, three sides of a query tile, three of a key tile, three times causal, rank)
+# SHAPE = (TQ, TK, three sides of a query tile, three of a key tile, three times how a window meets a border,
+#          rank): 0 shifts inward, CAUSAL ends at the query, CLIPPED is cut off, its kernel size odd
 # A tile is a box of one dilation group; positions count inside the group.
+
+CAUSAL = tl.constexpr(1)
+CLIPPED = tl.constexpr(2)
 
 
 @triton.jit
-def _first_key(p, K, S, n, CAUSAL: tl.constexpr):
+def _first_key(p, K, S, n, BORDER: tl.constexpr):
     """First key position of the window of position p in a group of n."""
-    if CAUSAL:
+    if BORDER == CLIPPED:
+        return tl.maximum(p - K // 2, 0)
+    elif BORDER == CAUSAL:
         return tl.maximum(tl.minimum(p // S * S + S - 1, n - 1) - K + 1, 0)
     else:
         return tl.minimum(tl.maximum(tl.minimum(p // S * S + S // 2, n - 1) - K // 2, 0), n - K)
 
 
 @triton.jit
-def _last_key(p, K, S, n, CAUSAL: tl.constexpr):
+def _last_key(p, K, S, n, BORDER: tl.constexpr):
     """One past the last key position."""
-    if CAUSAL:
+    if BORDER == CLIPPED:
+        return tl.minimum(p + K // 2 + 1, n)
+    elif BORDER == CAUSAL:
         return p + 1
     else:
-        return _first_key(p, K, S, n, CAUSAL) + K
+        return _first_key(p, K, S, n, BORDER) + K
 
 
 @triton.jit
-def _first_query(c, K, S, n, CAUSAL: tl.constexpr):
+def _first_query(c, K, S, n, BORDER: tl.constexpr):
     """First position whose window ends after key position c: windows only move forward."""
-    if CAUSAL:
+    if BORDER == CLIPPED:
+        return tl.maximum(c - K // 2, 0)
+    elif BORDER == CAUSAL:
         return c
     else:
         # Its leader is at least c - K + 1 + K // 2, unless the window is the first of all.
@@ -256,9 +266,11 @@ def _first_query(c, K, S, n, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _last_query(c, K, S, n, CAUSAL: tl.constexpr):
+def _last_query(c, K, S, n, BORDER: tl.constexpr):
     """One past the last position whose window begins at key position c or before."""
-    if CAUSAL:
+    if BORDER == CLIPPED:
+        return tl.minimum(c + K // 2 + 1, n)
+    elif BORDER == CAUSAL:
         return tl.where(c + K >= n, n, tl.minimum(n, ((c + K - S) // S + 1) * S))
     else:
         return tl.where(c + K >= n, n, tl.minimum(n, ((c + K // 2 - S // 2) // S + 1) * S))
@@ -332,24 +344,24 @@ def na_own_k(P, SHAPE: tl.constexpr, i_tile):
 
 
 @triton.jit
-def na_key_range(P, c, A: tl.constexpr, SIDE: tl.constexpr, CAUSAL: tl.constexpr):
+def na_key_range(P, c, A: tl.constexpr, SIDE: tl.constexpr, BORDER: tl.constexpr):
     """Keys on an axis that some query of the tile sees; none for a tile past the end of its group."""
     n = c[3 * A + 2]
     first = c[3 * A + 1]
     last = tl.minimum(first + SIDE, n) - 1
-    low = _first_key(first, P[4 * A + 1], P[4 * A + 3], n, CAUSAL)
-    high = _last_key(last, P[4 * A + 1], P[4 * A + 3], n, CAUSAL)
+    low = _first_key(first, P[4 * A + 1], P[4 * A + 3], n, BORDER)
+    high = _last_key(last, P[4 * A + 1], P[4 * A + 3], n, BORDER)
     return low, tl.where(first < n, high, low)
 
 
 @triton.jit
-def _query_range(P, c, A: tl.constexpr, SIDE: tl.constexpr, CAUSAL: tl.constexpr):
+def _query_range(P, c, A: tl.constexpr, SIDE: tl.constexpr, BORDER: tl.constexpr):
     """Queries on an axis that see some key of the tile."""
     n = c[3 * A + 2]
     first = c[3 * A + 1]
     last = tl.minimum(first + SIDE, n) - 1
-    low = _first_query(first, P[4 * A + 1], P[4 * A + 3], n, CAUSAL)
-    high = _last_query(last, P[4 * A + 1], P[4 * A + 3], n, CAUSAL)
+    low = _first_query(first, P[4 * A + 1], P[4 * A + 3], n, BORDER)
+    high = _last_query(last, P[4 * A + 1], P[4 * A + 3], n, BORDER)
     return low, tl.where(first < n, tl.maximum(high, low), low)
 
 
@@ -411,10 +423,12 @@ def na_visit_q(P, SHAPE: tl.constexpr, where, t):
 
 
 @triton.jit
-def _within(P, of_q, of_k, A: tl.constexpr, CAUSAL: tl.constexpr, Q: tl.constexpr):
+def _within(P, of_q, of_k, A: tl.constexpr, BORDER: tl.constexpr, Q: tl.constexpr):
     """Is the key in the query's window on this axis: one unsigned comparison for both ends."""
     apart = along(of_k[A], 1 - Q) - along(of_q[A], Q)
-    if CAUSAL:
+    if BORDER == CLIPPED:  # at the far border, keys that do not exist end it
+        size = along(of_q[3 + A] + P[4 * A + 1] // 2 + 1 - of_q[A], Q)
+    elif BORDER == CAUSAL:
         size = along(of_q[3 + A] + 1 - of_q[A], Q)
     else:
         size = tl.zeros([1, 1], tl.int32) + P[4 * A + 1]
@@ -428,6 +442,8 @@ def na_allow(P, SHAPE: tl.constexpr, of_q, of_k, m_k, Q: tl.constexpr):
         ok &= _within(P, of_q, of_k, 1, SHAPE[9], Q)
     if SHAPE[11] > 2:
         ok &= _within(P, of_q, of_k, 0, SHAPE[8], Q)
+    if (SHAPE[8] == CLIPPED) | (SHAPE[9] == CLIPPED) | (SHAPE[10] == CLIPPED):
+        ok &= along(m_k, 1 - Q)
     return ok
 
 
