@@ -53,14 +53,18 @@ def backbones() -> str:
 def generators() -> str:
     """The table in Markdown, one row for each; the input are latents."""
     rows = [
-        "| transformer | params, M | MACs, G | latents | attention | paper |",
-        "| --- | ---: | ---: | ---: | --- | --- |",
+        "| transformer | params, M | MACs, G | latents | attention | paper | weights | licence |",
+        "| --- | ---: | ---: | ---: | --- | --- | --- | --- |",
     ]
     for name in zoo.list_models(task="generation"):
         info = zoo.model_info(name)
         size = " x ".join(map(str, info.input_size))
-        cells = f"`{name}`", f"{info.params / 1e6:.1f}", f"{info.macs / 1e9:.2f}", size
-        rows.append(f"| {' | '.join((*cells, info.attention, _papers(info)))} |")
+        weights = ", ".join(map(_place, info.weights))
+        cells = (
+            f"`{name}`", f"{info.params / 1e6:.1f}", f"{info.macs / 1e9:.2f}", size, info.attention,
+            _papers(info), weights, "" if not weights else info.licence or "not stated",
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -103,6 +103,14 @@ def test_the_module_is_the_command():
     assert "predict" in result.stdout
 
 
+def test_generators_are_listed_and_described_beside_the_backbones(capsys):
+    code, out, _ = run(capsys, "list", "--task", "generation")
+    assert code == 0 and "dit_xl_2" in out.split() and "nat_mini" not in out.split()
+    code, out, _ = run(capsys, "info", "dit_s_8", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["task"] == "generation" and facts["input_size"] == [4, 32, 32]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_cut_off_by_a_pager_is_no_error(unbuffered):
