@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from zoo.kernels import dispatch
+from zoo.kernels import dispatch, tile
 from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
-from zoo.kernels.deformable import cpu, reference
+from zoo.kernels.deformable import cpu, reference, schema
 
 SAMPLE, ATTENTION = "deformable_sample", "deformable_attention"
 QUERY_GRIDS = ("corners", "centres")
@@ -211,7 +212,49 @@ def _cpu_why_not(call: SampleCall | AttentionCall) -> str | None:
     return None if device.type == "cpu" else f"the tensors are on {device}"
 
 
+def _triton_sample_why_not(call: SampleCall) -> str | None:
+    return _why_not_atomic(call.x, call.positions) or tile.why_not_on(call.x)
+
+
+def _triton_why_not(call: AttentionCall) -> str | None:
+    if call.table is not None:
+        if call.bias is not None:
+            return "a table and a bias together"
+        reason = _why_not_atomic(call.table, call.positions)
+        if reason is not None:
+            return reason
+    return tile.why_not(call.q, call.v)
+
+
+def _why_not_atomic(*inputs: Tensor) -> str | None:
+    """Gradients of what is read between entries are summed in no fixed order."""
+    if torch.are_deterministic_algorithms_enabled() and any(x.requires_grad for x in inputs):
+        return "gradients with atomic sums, and PyTorch was told to use deterministic algorithms"
+    return None
+
+
+def _run_triton(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    bias, keys = call.bias, call.k.shape[1]
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.ndim)].expand(-1, -1, call.q.shape[1] * call.q.shape[2], keys)
+    positions = None if call.table is None else call.positions
+    corners = call.query_grid == "corners"
+    return schema.forward(call.q, call.k, call.v, positions, call.table, bias, corners, call.scale, "triton")
+
+
+def _describe_triton(call: AttentionCall) -> str:
+    from zoo.kernels.deformable import triton
+
+    return triton.describe(call.q, call.v, call.bias is not None or call.table is not None)
+
+
 dispatch.OPERATIONS[SAMPLE] = (
+    dispatch.Backend(
+        "triton",
+        run=lambda call: schema.sample(call.x, call.positions, "triton"),
+        why_not=_triton_sample_why_not,
+        missing=tile.missing,
+    ),
     dispatch.Backend(
         "cpu", run=lambda call: cpu.deformable_sample(call.x, call.positions), why_not=_cpu_why_not
     ),
@@ -222,6 +265,13 @@ dispatch.OPERATIONS[SAMPLE] = (
     ),
 )
 dispatch.OPERATIONS[ATTENTION] = (
+    dispatch.Backend(
+        "triton",
+        run=_run_triton,
+        why_not=_triton_why_not,
+        missing=tile.missing,
+        configuration=_describe_triton,
+    ),
     dispatch.Backend(
         "cpu",
         run=lambda call: cpu.deformable_attention(*_arguments(call), return_lse=call.return_lse),

@@ -5,7 +5,7 @@ and loops over the tiles of the other side. Logits are kept in base 2. The backw
 dq comes first and leaves each row's LSE and delta = out.dout - dlse in an order that dk and dv read well.
 
 Names: p_ pointer, i_ program index, o_ tokens, m_ which exist, b_ tile in registers. ACC is the dtype of all
-sums; addresses are int64. Sums have a fixed order: no atomics.
+sums; addresses are int64. Sums have a fixed order, without atomics, but for `dbilinear_kernel`.
 """
 
 from __future__ import annotations
@@ -345,3 +345,57 @@ def drelative_kernel(
     o = tl.arange(0, TQ)[:, None] * TK + tl.arange(0, TK)[None, :]
     p_sums += ((i_split * heads + i_h) * (n0 * n1 * n2) + i_place) * (TQ * TK)
     tl.store(p_sums + o, b_sum)
+
+
+@triton.jit
+def dbilinear_kernel(
+    p_q, p_k, p_v, p_do, p_rows, p_dtable, p_dplaces, B, P, scale_2, rest_2, tiles, heads, shared, queries,
+    keys, rows_size, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
+    SHAPE: tl.constexpr, OWN: tl.constexpr, QUERIES_OF: tl.constexpr, VISIT: tl.constexpr,
+    ALLOW: tl.constexpr, BIAS: tl.constexpr, PLACE: tl.constexpr, CORNER: tl.constexpr, TK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr, PREC: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a table read between its entries, and of where it is read, by key and head.
+
+    The one kernel that adds in no fixed order: which entry a pair reads, its data say.
+    """
+    i = tl.program_id(0)
+    i_tile = i % tiles
+    i_h = (i // tiles % heads).to(tl.int64)
+    i_b = (i // tiles // heads).to(tl.int64)
+    o_k, m_k, of_k = OWN(P, SHAPE, i_tile)
+    b_k = _rows(p_k + i_b * k_b + i_h // shared * k_h, k_n, o_k, m_k, D, PD)
+    b_v = _rows(p_v + i_b * v_b + i_h // shared * v_h, v_n, o_k, m_k, DV, PDV)
+    scale = _exact(scale_2, rest_2, ACC)
+    b_dy = tl.zeros([TK], ACC)
+    b_dx = tl.zeros([TK], ACC)
+    p_rows_h = p_rows + (i_b * heads + i_h) * queries
+    count, where = QUERIES_OF(P, SHAPE, i_tile, i_b, i_h)
+    for t in range(0, count):
+        o_q, m_q, of_q = VISIT(P, SHAPE, where, t)
+        b_q = _rows(p_q + i_b * q_b + i_h * q_h, q_n, o_q, m_q, D, PD)
+        b_do = _rows(p_do + i_b * do_b + i_h * do_h, do_n, o_q, m_q, DV, PDV)
+        b_lse = tl.load(p_rows_h + o_q, mask=m_q, other=0.0)
+        b_delta = tl.load(p_rows_h + rows_size + o_q, mask=m_q, other=0.0)
+        # [TQ, TK]
+        b_s = _logits(
+            b_q, b_k, scale, B, P, SHAPE, o_q, o_k, m_q, m_k, of_q, of_k, i_b, i_h, 0, ALLOW, BIAS, PREC, ACC
+        )  # fmt: skip
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PREC, out_dtype=ACC)
+        b_ds = tl.exp2(b_s - b_lse[:, None]) * (b_dp - b_delta[:, None])
+        m = m_q[:, None] & m_k[None, :]
+        b_ds = tl.where(m, b_ds, 0.0)
+        y, x = PLACE(B, o_q, o_k, m_k, i_b, i_h, 0)
+        for step_y in tl.static_range(2):
+            for step_x in tl.static_range(2):
+                share_y, share_x, o, inside = CORNER(y, x, B[2], B[3], step_y, step_x)
+                value = b_ds * tl.load(B[0] + i_h * B[1] + o, mask=m & inside, other=0.0)
+                b_dy += tl.sum(value * share_x, 0) * (2 * step_y - 1)
+                b_dx += tl.sum(value * share_y, 0) * (2 * step_x - 1)
+                p_entry = p_dtable + i_h * B[2] * B[3] + o
+                tl.atomic_add(p_entry, b_ds * share_y * share_x, mask=m & inside, sem="relaxed")
+    # Rows of the table for a step of the key's position.
+    p_dplaces += ((i_b * heads + i_h) * keys + o_k.to(tl.int64)) * 2
+    tl.store(p_dplaces, b_dy * (1 - B[2]) / 4, mask=m_k)
+    tl.store(p_dplaces + 1, b_dx * (1 - B[3]) / 4, mask=m_k)

@@ -467,3 +467,50 @@ def relative_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok,
     if SHAPE[11] > 2:
         r2 += (along(of_k[0], 1 - Q) - along(of_q[3], Q) + P[1] - 1) * ((2 * P[5] - 1) * (2 * P[9] - 1))
     return tl.load(B[0] + i_h * B[1] + r2, mask=ok & along(m_q, Q), other=0.0)
+
+
+@triton.jit
+def bilinear_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_b, i_h, Q: tl.constexpr):
+    """A table read between its entries at half of query minus key.
+
+    B = (table, stride of a head, rows and columns of the table, positions [B, G, N, 2], their strides of an
+    image, a group and a key, heads of a group, columns of the query map, and for rows and columns the two
+    numbers c and d that put token i at (2 i + c) / d - 1).
+    """
+    y, x = bilinear_place(B, o_q, o_k, m_k, i_b, i_h, Q)
+    m = along(m_q, Q) & along(m_k, 1 - Q)
+    bias = tl.zeros_like(y)
+    for step_y in tl.static_range(2):
+        for step_x in tl.static_range(2):
+            share_y, share_x, o, inside = bilinear_corner(y, x, B[2], B[3], step_y, step_x)
+            value = tl.load(B[0] + i_h * B[1] + o, mask=m & inside, other=0.0)
+            bias += share_y * share_x * value
+    return bias
+
+
+@triton.jit
+def bilinear_place(B, o_q, o_k, m_k, i_b, i_h, Q: tl.constexpr):
+    """Where in the table the bias of a query and a key is read: row and column, between entries."""
+    p_k = B[4] + i_b * B[5] + i_h // B[8] * B[6] + o_k.to(tl.int64) * B[7]
+    y_k = tl.load(p_k, mask=m_k, other=0.0)
+    x_k = tl.load(p_k + 1, mask=m_k, other=0.0)
+    y_q = (2 * (o_q // B[9]) + B[10]).to(y_k.dtype) / B[11] - 1.0
+    x_q = (2 * (o_q % B[9]) + B[12]).to(x_k.dtype) / B[13] - 1.0
+    y = ((along(y_q, Q) - along(y_k, 1 - Q)) / 2 + 1.0) / 2 * (B[2] - 1)
+    x = ((along(x_q, Q) - along(x_k, 1 - Q)) / 2 + 1.0) / 2 * (B[3] - 1)
+    return y, x
+
+
+@triton.jit
+def bilinear_corner(y, x, rows, columns, STEP_Y: tl.constexpr, STEP_X: tl.constexpr):
+    """One of the four entries around a place: its shares along both axes, where it is, whether it exists."""
+    low_y = tl.floor(y)
+    low_x = tl.floor(x)
+    share_y = y - low_y if STEP_Y else 1.0 - (y - low_y)
+    share_x = x - low_x if STEP_X else 1.0 - (x - low_x)
+    at_y = low_y + STEP_Y
+    at_x = low_x + STEP_X
+    inside = (at_y >= 0) & (at_y < rows) & (at_x >= 0) & (at_x < columns)
+    # A place that is no number is in no map, and its shares are none.
+    o = tl.where(inside, at_y, 0.0).to(tl.int32) * columns + tl.where(inside, at_x, 0.0).to(tl.int32)
+    return tl.where(inside, share_y, 0.0), tl.where(inside, share_x, 0.0), o, inside
