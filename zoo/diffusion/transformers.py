@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -31,7 +31,7 @@ class _Diffusers(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
 
 
 class DiTModel(_Diffusers, dit.DiT):
-    """DiT with the interface of diffusers."""
+    """DiT with the interface of diffusers; its DiTPipeline generates with it."""
 
     @register_to_config
     def __init__(
@@ -51,6 +51,11 @@ class DiTModel(_Diffusers, dit.DiT):
         attention_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         dit.DiT.__init__(self, **_plain(locals()))
+
+    @property
+    def config(self) -> FrozenDict:
+        """The arguments it was built with, and what DiTPipeline asks for beside them."""
+        return FrozenDict({**super().config, "out_channels": self.out_channels})
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,7 +12,13 @@ import torch
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
 import diffusers
-from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
 from tiny_diffusion import finish, masked_sdpa, noise
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -277,9 +284,38 @@ def test_dit_saves_reloads_and_generates_with_guidance(tmp_path):
     assert torch.equal(model(x, 3, label).sample, loaded(x, 3, label).sample)
 
 
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_dit_generates_in_the_pipeline_of_diffusers(learn_sigma, tmp_path):
+    tiny_dit(num_classes=1000, learn_sigma=learn_sigma).save_pretrained(tmp_path)
+    vae = AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1)
+    pipe = DiTPipeline(DiTModel.from_pretrained(tmp_path), vae, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe([3, 999], num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("kind", ["dit", "video", "mmdit"])
+def test_half_precision_stays_near(kind, autocast):
+    model, arguments = model_and_arguments(kind)
+    wanted = model(*arguments).sample
+    if not autocast:
+        model.to(torch.bfloat16)
+        arguments = [x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = model(*arguments).sample
+    assert found.dtype == torch.bfloat16
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
 def model_and_arguments(kind: str) -> tuple[nn.Module, tuple]:
     if kind == "video":
         return tiny_video(attention="radial", attention_kwargs=RADIAL), (noise(1, 4, 5, 4, 4), 3)
+    if kind == "mmdit":
+        sizes = {"depth": 2, "hidden_size": 16, "num_heads": 2, "text_dim": 6, "pooled_dim": 5}
+        model = finish(zoo.create_model("mmdit_s", **sizes))
+        return model, (noise(1, 16, 4, 6), 3, noise(1, 5, 6), noise(1, 5))
     return tiny_dit(), (noise(1, 4, 8, 8), 3, torch.tensor([1]))
 
 
@@ -315,12 +351,7 @@ class Doubled:
 
 @pytest.mark.parametrize("kind", ["dit", "video", "mmdit"])
 def test_processors_are_exchanged_as_in_diffusers(kind):
-    if kind == "mmdit":
-        sizes = {"depth": 2, "hidden_size": 16, "num_heads": 2, "text_dim": 6, "pooled_dim": 5}
-        model = finish(zoo.create_model("mmdit_s", **sizes))
-        arguments = (noise(1, 16, 4, 6), 3, noise(1, 5, 6), noise(1, 5))
-    else:
-        model, arguments = model_and_arguments(kind)
+    model, arguments = model_and_arguments(kind)
     before = model.attn_processors
     assert list(before) == ["blocks.0.processor", "blocks.1.processor"]
     with torch.no_grad():
