@@ -17,6 +17,7 @@ from zoo.registry import ModelInfo, create_model, list_models, load_checkpoint, 
 
 if TYPE_CHECKING:
     from zoo import analysis, ops
+    from zoo.acceleration import accelerate
     from zoo.attention import capture_attention
     from zoo.recipes.api import evaluate, predict, recipe, train
 
@@ -27,6 +28,7 @@ _LAZY = {
     "ops": ("zoo.ops", None),
     "analysis": ("zoo.analysis", None),
     "diffusion": ("zoo.diffusion", None),
+    "accelerate": ("zoo.acceleration", "accelerate"),
     "capture_attention": ("zoo.attention", "capture_attention"),
     "recipe": ("zoo.recipes.api", "recipe"),
     "train": ("zoo.recipes.api", "train"),
@@ -41,6 +43,7 @@ __all__ = [
     "ModelInfo",
     "ResourceError",
     "ZooError",
+    "accelerate",
     "analysis",
     "capture_attention",
     "create_model",
