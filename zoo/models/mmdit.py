@@ -139,11 +139,11 @@ class MMDiTBlock(Block):
         layout: TokenLayout,
         extra: tuple[Tensor, Tensor] | None,
         settings: Mapping[str, Any],
-        look: Callable[[Tensor, Tensor], None] | None,
+        look: Callable[[Tensor, Tensor], list[Tensor | None] | None] | None,
     ) -> tuple[Tensor, Tensor]:
         """One step of both streams; `extra` are keys and values of the conditions in this layer.
 
-        `look` is shown the image's queries and the text's keys.
+        `look` is shown the image's queries and the text's keys; what it returns is routed at once.
         """
         text_qkv, text_modulation = self.text.before(text, condition, None)
         image_qkv, image_modulation = self.image.before(image, condition, angles)
@@ -151,7 +151,8 @@ class MMDiTBlock(Block):
         if extra is not None:
             key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), extra, strict=True))
             if look is not None:
-                look(image_qkv[0], text_qkv[1])
+                routed = look(image_qkv[0], text_qkv[1])
+                settings = settings if routed is None else {**settings, "routed": routed}
         out = self.processor(self.attn, query, key, value, layout, None if extra is None else settings)
         text_out, image_out = out[:, : layout.text], out[:, layout.text :]
         return (
@@ -173,8 +174,9 @@ class MMDiT(nn.Module):
         (noise), text [B, M, text_dim], pooled [B, pooled_dim]. `spatial` latents have the image's size and
         are aligned with it, `subjects` have any size. Returns the latents' shape.
     `keywords` remembers between steps where the subjects' keywords are, `cache` the conditions' keys and
-    values: both belong to one generation and, with guidance, to one of its two prompts. `paa_radius` and
-    `combine` as in `pka_attention`. With conditions, attention is PKA whatever `attention` says.
+    values: both belong to one generation and, with guidance, to one of its two prompts. In training there is
+    no step before, and `keywords` route by the same forward. `paa_radius` and `combine` as in
+    `pka_attention`. With conditions, attention is PKA whatever `attention` says.
     Raises: ConfigError for sizes that do not divide or fit, and an unknown attention.
     """
 
@@ -250,7 +252,7 @@ class MMDiT(nn.Module):
             image, text = run_block(
                 self, block, image, text, condition, angles, layout,
                 None if extra is None else extra[layer], settings,
-                None if keywords is None else partial(keywords.look, layer),
+                self.look_of(keywords, layer),
             )  # fmt: skip
         x = self.final_layer(image.unflatten(1, grid), condition)
         x = x.unflatten(-1, (self.patch_size, self.patch_size, -1))
@@ -261,6 +263,12 @@ class MMDiT(nn.Module):
         latents = torch.zeros(1, self.x_embedder.proj.in_channels, 64, 64)
         text = torch.zeros(1, 77, self.text_embedder.in_features)
         return latents, torch.zeros(1), text, torch.zeros(1, self.pooled_embedder[0].in_features)
+
+    def look_of(self, keywords: KeywordState | None, layer: int) -> Callable[..., Any] | None:
+        """What a block is asked for: masks for the next step, or in training for this one."""
+        if keywords is None:
+            return None
+        return keywords.routed_by if self.training else partial(keywords.look, layer)
 
     def layout_of(
         self, layout: TokenLayout, spatial: Sequence[Tensor], subjects: Sequence[Tensor]

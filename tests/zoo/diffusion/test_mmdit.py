@@ -117,6 +117,19 @@ def test_keywords_route_from_the_step_before():
     assert keyword_routing(torch.randn(1, 3, 2, 4), torch.randn(1, 4, 2, 4), [0])[1].shape == (1, 3)
 
 
+def test_in_training_keywords_route_by_the_same_forward():
+    model, given, state = tiny(depth=1), conditions(0, 1), KeywordState([[2]], epsilon=0.6)
+    for _ in range(2):  # the second time by the masks of the first, at the same time
+        wanted = run(model, *inputs(time=500.0), **given, keywords=state)
+    fresh = KeywordState([[2]], epsilon=0.6)
+    model.train().enable_gradient_checkpointing()
+    for time in (100.0, 900.0, 500.0):
+        found = model(*inputs(time=time), **given, keywords=fresh).sample
+        found.sum().backward()
+    torch.testing.assert_close(found.detach(), wanted)
+    assert fresh.routed(0) == [None]
+
+
 def test_the_cost_grows_linearly_with_the_conditions():
     model, costs = tiny(), []
     for number in (1, 2, 3):
