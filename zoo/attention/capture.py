@@ -23,6 +23,15 @@ class AttentionRecord:
     agents: Tensor | None = None  # [B, agents, H, tokens] where the keys are agents: what these take
 
 
+def weights_under(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Weights of queries over keys where a mask [N, M] or [B, N, M] allows: [B, N, H, D] to [B, N, H, M]."""
+    with torch.autocast(query.device.type, enabled=False):
+        logits = torch.einsum("bnhd,bmhd->bnhm", query.float(), key.float()) * query.shape[-1] ** -0.5
+    if mask is not None:
+        logits = logits.masked_fill(~mask.to(logits.device)[..., :, None, :], float("-inf"))
+    return logits.softmax(dim=-1)
+
+
 @contextmanager
 def capture_attention(model: nn.Module) -> Iterator[dict[str, AttentionRecord]]:
     """Record the attention weights of every attention module that runs inside the block, by module name.

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo import ops
+from zoo.attention.capture import AttentionRecord, weights_under
 from zoo.errors import ConfigError, did_you_mean
-from zoo.layers.pka import ConditionCache, KeywordState, dense_attention, pka_attention
+from zoo.layers.pka import ConditionCache, KeywordState, dense_attention, pka_attention, relation_mask
 from zoo.layers.tokens import TokenLayout
 from zoo.models.dit import (
     MLP,
@@ -32,7 +33,7 @@ from zoo.models.dit import (
     per_sample,
     run_block,
 )
-from zoo.models.video_dit import clamp_window, rotate
+from zoo.models.video_dit import clamp_window, rotate, window_mask
 from zoo.registry import register_generators
 
 ATTENTIONS = ("global", "neighborhood")
@@ -109,6 +110,28 @@ class JointAttention(nn.Module):
         maps = (x[:, text:].unflatten(1, grid) for x in (query, key, value))
         near = ops.neighborhood_attention(*maps, **window, extra_k=key[:, :text], extra_v=value[:, :text])
         return torch.cat([dense_attention(query[:, :text], key, value, None), near.flatten(1, -3)], dim=1)
+
+    def attention_weights(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, settings: Settings
+    ) -> AttentionRecord:
+        """Weights of every image token over text, image and conditions, for the arguments of `forward`.
+
+        Raises: ConfigError where conditions are added up, each under a softmax of its own.
+        """
+        image, mask = layout.image_slice, None
+        if settings is not None:
+            settings = dict(settings)
+            if settings.pop("combine") == "sum":
+                raise ConfigError('combine="sum" has no common weights to look at; capture with "joint"')
+            mask = relation_mask(layout, batch=len(query), **settings)[:, image]
+        elif self.attention == "neighborhood":
+            mask = torch.ones(layout.image, layout.tokens, dtype=torch.bool)
+            mask[:, image] = window_mask(layout.grid, self.kwargs)
+        weights = weights_under(query[:, image], key, mask).unflatten(1, layout.grid)
+        keys = torch.full((key.shape[1],), -1, device=query.device)
+        keys[image] = torch.arange(layout.image, device=query.device)
+        axes = ("batch", "row", "column", "head", "key")
+        return AttentionRecord(weights, axes, layout.grid, layout.grid, keys.expand(layout.image, -1))
 
     def macs(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, settings: Settings) -> int:
         """Multiply-adds of both products, without conditions."""

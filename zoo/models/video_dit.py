@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoo import ops
+from zoo.attention.capture import AttentionRecord, weights_under
 from zoo.errors import ConfigError, did_you_mean
 from zoo.layers.radial import radial_block_mask
 from zoo.models.dit import (
@@ -70,10 +71,13 @@ class VideoAttention(nn.Module):
         self.cross = CrossAttention(dim, num_heads) if has_text else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], lists: Any, text: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, T, Y, X, H, D]
-        q, k = (rotate(norm(y), *rotary) for norm, y in ((self.norm_q, q), (self.norm_k, k)))
-        out = self.proj(self.mix(q, k, v, lists).flatten(-2))
+        out = self.proj(self.mix(*self.project(x, rotary), lists).flatten(-2))
         return out if self.cross is None else out + self.cross(x, text)
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [B, T, Y, X, H, D]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return rotate(self.norm_q(q), *rotary), rotate(self.norm_k(k), *rotary), v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, lists: ops.BlockList | None) -> Tensor:
         """Attend over the grid; all [B, T, Y, X, H, D]."""
@@ -91,6 +95,21 @@ class VideoAttention(nn.Module):
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))
             out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return out.unflatten(1, grid)
+
+    def attention_weights(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], lists: ops.BlockList | None, text: Tensor | None
+    ) -> AttentionRecord:
+        """Weights of every token over all tokens of the video, for the arguments of `forward`."""
+        grid, tokens = tuple(x.shape[1:4]), x[0, ..., 0].numel()
+        mask = window_mask(grid, self.kwargs) if self.attention == "neighborhood" else None
+        if lists is not None:
+            sizes = lists.query_size, lists.key_size
+            mask = lists.to_mask()[0, 0].repeat_interleave(sizes[0], 0).repeat_interleave(sizes[1], 1)
+            mask = mask[:tokens, :tokens]
+        q, k, _ = (y.flatten(1, 3) for y in self.project(x, rotary))
+        weights = weights_under(q, k, mask).unflatten(1, grid)
+        keys = torch.arange(tokens, device=x.device).expand(tokens, -1)
+        return AttentionRecord(weights, ("batch", "frame", "row", "column", "head", "key"), grid, grid, keys)
 
     def macs(self, x: Tensor, rotary: Any, lists: ops.BlockList | None, text: Tensor | None) -> int:
         """Multiply-adds of both products of self-attention for these arguments of forward."""
@@ -219,6 +238,15 @@ def clamp_window(grid: tuple[int, ...], axes: list[int], given: Mapping[str, Any
         for name, value in zip(window, (kernel_size, dilation, min(stride, kernel_size)), strict=True):
             window[name].append(value)
     return window
+
+
+def window_mask(grid: tuple[int, ...], given: Mapping[str, Any]) -> Tensor:
+    """Which tokens are in the neighborhood of which, bool [N, N]; for pictures, it is quadratic."""
+    tokens, axes = math.prod(grid), [i for i, n in enumerate(grid) if n > 1]
+    if not axes:
+        return torch.ones(tokens, tokens, dtype=torch.bool)
+    keys = ops.neighborhood_indices([grid[i] for i in axes], **clamp_window(grid, axes, given))
+    return torch.zeros(tokens, tokens, dtype=torch.bool).scatter(1, keys, True)
 
 
 def rotary_of(grid: tuple[int, int, int], width: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from tiny_diffusion import finish, masked_sdpa, noise, train_lora
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import zoo
 from zoo import ConfigError, ops
 from zoo.diffusion import ConditionCache, KeywordState, MMDiTModel, TokenLayout, keyword_routing
 from zoo.models.mmdit import MMDiT
@@ -172,6 +173,28 @@ def test_lora_for_conditions_trains_and_is_cached_as_recomputed(tmp_path):
         torch.testing.assert_close(cached, run(model, *inputs(time=time), **given))
     other.unload_lora()
     torch.testing.assert_close(run(other, *inputs(), **given), plain)
+
+
+@pytest.mark.parametrize("kind", ["global", "neighborhood", "conditions"])
+def test_captured_weights_give_the_output_of_the_image(kind):
+    given = {**conditions(), "paa_radius": 1} if kind == "conditions" else {}
+    window = {"attention": "neighborhood", "attention_kwargs": {"kernel_size": 2}}
+    model, seen = tiny(**(window if kind == "neighborhood" else {})), {}
+    model.blocks[1].set_processor(
+        lambda attn, *args: seen.setdefault("out", attn(*seen.setdefault("args", args)))
+    )
+    with zoo.capture_attention(model) as records:
+        run(model, *inputs(), **given)
+    record, value = records["blocks.1.attn"], seen["args"][2]
+    assert record.weights.shape == (2, 3, 4, 2, value.shape[1])
+    assert ((record.weights == 0).any()) == (kind != "global")
+    assert record.keys[0, :18].tolist() == [-1] * 5 + list(range(12)) + [-1] * (len(record.keys[0]) > 17)
+    out = torch.einsum("bnhm,bmhd->bnhd", record.weights.flatten(1, 2), value)
+    torch.testing.assert_close(out, seen["out"][:, 5:], atol=1e-5, rtol=1e-4)
+    if kind == "conditions":
+        with pytest.raises(ConfigError, match='combine="sum" has no common weights'):
+            with zoo.capture_attention(model):
+                run(model, *inputs(), **given, combine="sum")
 
 
 @pytest.mark.slow

@@ -294,6 +294,22 @@ def test_dit_generates_in_the_pipeline_of_diffusers(learn_sigma, tmp_path):
     assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
 
 
+@pytest.mark.parametrize("attention", ["global", "radial", "neighborhood"])
+def test_captured_weights_give_the_output_of_a_video(attention):
+    kwargs = {"radial": RADIAL, "neighborhood": {"kernel_size": (3, 2, 3)}, "global": None}[attention]
+    model = tiny_video(attention=attention, attention_kwargs=kwargs)
+    block, seen = model.blocks[1], {}
+    block.set_processor(lambda attn, *args: seen.setdefault("out", attn(*seen.setdefault("args", args))))
+    with torch.no_grad(), zoo.capture_attention(model) as records:
+        model(noise(2, 4, 5, 6, 8), 500)
+        value = block.attn.project(*seen["args"][:2])[2].flatten(1, 3)
+    record = records["blocks.1.attn"]
+    assert record.weights.shape == (2, 5, 3, 4, 2, 60) and record.grid == (5, 3, 4)
+    assert ((record.weights == 0).any()) == (attention != "global")
+    mixed = torch.einsum("bthm,bmhd->bthd", record.weights.flatten(1, 3), value).unflatten(1, (5, 3, 4))
+    torch.testing.assert_close(block.attn.proj(mixed.flatten(-2)), seen["out"], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("kind", ["dit", "video", "mmdit"])
