@@ -184,6 +184,29 @@ def windows(width: int, size: int, *, biased: bool = True, shift: int = 0) -> No
     ops.window_attention(q, k, v, size, shift=shift, bias=bias).sum().backward()
 
 
+def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Tensors that want gradients."""
+    return [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+
+
+def agents(width: int, tokens: int, count: int) -> None:
+    """Attention through agents with both biases, forward and backward."""
+    q, k, v, few = leaves(*[(2, tokens, 2, width)] * 3, (2, count, 2, width))
+    bias_in, bias_out = leaves((2, count, tokens), (2, tokens, count))
+    ops.agent_attention(q, k, v, few, bias_in=bias_in, bias_out=bias_out).sum().backward()
+
+
+def channels(width: int, tokens: int) -> None:
+    """Channel attention, forward and backward."""
+    ops.channel_attention(*leaves(*[(2, tokens, 2, width)] * 3)).sum().backward()
+
+
+def regions(width: int, side: int, topk: int) -> None:
+    """Attention to routed regions, 7 x 7 of them, forward and backward."""
+    routes = torch.zeros(2, 49, topk, dtype=torch.int64) + torch.arange(topk)
+    ops.bilevel_routing_attention(*leaves(*[(2, side, side, 2, width)] * 3), routes, 7).sum().backward()
+
+
 NAT = (Axis(56, 7), Axis(56, 7))
 DILATED = (Axis(56, 7, 8), Axis(56, 7, 8))
 IMAGE = (Axis(64, 25, 1, 8), Axis(64, 25, 1, 8))
@@ -206,6 +229,9 @@ CASES: dict[str, Callable[[], None]] = {
     "neighborhood 4096, 64 wide": lambda: near(64, SOUND),
     "windows of 7x7, 32 wide, with bias": lambda: windows(32, 7, shift=3),
     "windows of 8x8, 64 wide": lambda: windows(64, 8, biased=False),
+    "49 agents, 32 wide, with biases": lambda: agents(32, 3136, 49),
+    "channels, 32 wide": lambda: channels(32, 3136),
+    "4 of 49 regions of 4x4, 32 wide": lambda: regions(32, 28, 4),
 }
 # What the table of kernels/README.md shows.
 MAIN = (
@@ -215,6 +241,8 @@ MAIN = (
     "neighborhood 56x56, 32 wide, with bias",
     "neighborhood 13x30x52, 128 wide",
     "windows of 7x7, 32 wide, with bias",
+    "channels, 32 wide",
+    "4 of 49 regions of 4x4, 32 wide",
 )
 # What needs the most registers, by kernel.
 HUNGRY = {

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from zoo import ops  # noqa: F401  fills the tables of backends
-from zoo.kernels import dispatch, tile
+from zoo.kernels import dispatch
 
 
 class NoDevice:
@@ -73,18 +73,14 @@ def compiling(only: str | None = None) -> Iterator[list[tuple[str, dict, object]
 
 @contextmanager
 def on_a_device() -> Iterator[None]:
-    """Let operations believe that there is a GPU and that it holds their tensors; they run Triton or refuse.
-
-    What else a backend asks of a call (the size of a window, the width of a head) it still asks.
-    """
+    """Let operations run Triton, whatever its backends would say of a machine without a GPU."""
     tables = {
-        op: tuple(replace(backend, missing=lambda: None) for backend in table if backend.name == "triton")
+        op: tuple(
+            replace(backend, missing=lambda: None, why_not=lambda call: None)
+            for backend in table
+            if backend.name == "triton"
+        )
         for op, table in dispatch.OPERATIONS.items()
     }
-    with mock.patch.object(tile, "why_not", lambda q, v: None), mock.patch.dict(dispatch.OPERATIONS, tables):
+    with mock.patch.dict(dispatch.OPERATIONS, tables):
         yield
-
-
-def triton_operations() -> list[str]:
-    """The operations that have a Triton backend."""
-    return [op for op, table in dispatch.OPERATIONS.items() if any(b.name == "triton" for b in table)]
