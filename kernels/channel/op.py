@@ -94,7 +94,7 @@ def _triton_why_not(call: Call) -> str | None:
     width, widest = max(call.q.shape[-1], call.k.shape[-1]), WIDEST[call.q.element_size()]
     if width > widest:
         return f"heads of more than {widest} channels in {call.q.dtype}, found {width}"
-    return tile.why_not_on(call.q)
+    return tile.why_not(call.q, call.k)
 
 
 def _describe_triton(call: Call) -> str:

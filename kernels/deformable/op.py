@@ -213,7 +213,7 @@ def _cpu_why_not(call: SampleCall | AttentionCall) -> str | None:
 
 
 def _triton_sample_why_not(call: SampleCall) -> str | None:
-    return _why_not_atomic(call.x, call.positions) or tile.why_not_on(call.x)
+    return _why_not_atomic(call.x, call.positions) or tile.why_not(call.positions, call.positions)
 
 
 def _triton_why_not(call: AttentionCall) -> str | None:
@@ -245,7 +245,7 @@ def _run_triton(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def _describe_triton(call: AttentionCall) -> str:
     from zoo.kernels.deformable import triton
 
-    return triton.describe(call.q, call.v, call.bias is not None or call.table is not None)
+    return triton.describe(call.q, call.v, call.bias is not None, with_table=call.table is not None)
 
 
 dispatch.OPERATIONS[SAMPLE] = (

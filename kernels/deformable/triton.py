@@ -18,6 +18,9 @@ from zoo.kernels.tile.launch import Bias
 from zoo.kernels.tile.policies import bilinear_corner
 
 CHANNELS = 64  # of a position that are read at once
+# Reading a table between its entries takes four loads and their addresses for each pair of tokens.
+WITH_TABLE = Config(64, 32, 8, 1)
+GRADIENTS = Config(32, 16, 8, 1)
 
 
 @triton.jit
@@ -163,9 +166,9 @@ def backward(
     return grads
 
 
-def describe(q: Tensor, v: Tensor, biased: bool) -> str:
+def describe(q: Tensor, v: Tensor, biased: bool, *, with_table: bool) -> str:
     """How a call would be computed, in words."""
-    config = launch.config_of("forward", q, v, biased)
+    config = WITH_TABLE if with_table else launch.config_of("forward", q, v, biased)
     return f"tiles of at most {config.queries} queries and {config.keys} keys, {config.warps} warps"
 
 
@@ -186,10 +189,9 @@ def _bilinear_gradients(
     keys = k.shape[1]
     dtable = torch.zeros(table.shape, dtype=rows.dtype, device=q.device)
     dplaces = rows.new_empty(batch, heads, keys, 2)
-    config = launch.config_of("dtable", q, v)
-    policy = launch.dense(q, k)(config.queries, config.keys)
+    policy = launch.dense(q, k)(GRADIENTS.queries, GRADIENTS.keys)
     launch.launch(
-        kernels.dbilinear_kernel, policy.key_tiles * batch * heads, config, q,
+        kernels.dbilinear_kernel, policy.key_tiles * batch * heads, GRADIENTS, q,
         q, k, v, grad_out, rows, dtable, dplaces, bias.data, policy.data,
         *launch.exact(scale * launch.LOG2_E), policy.key_tiles, heads, heads // k.shape[2], queries, keys,
         rows[0].numel(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
@@ -212,7 +214,7 @@ def _bias(
         table, table.stride(0), *table.shape[1:], positions, *positions.stride()[:3],
         q.shape[3] // positions.shape[1], q.shape[2], *places[0], *places[1],
     )  # fmt: skip
-    return Bias(policies.bilinear_bias, data)
+    return Bias(policies.bilinear_bias, data, WITH_TABLE)
 
 
 def _places_of(length: int, corners: bool) -> tuple[int, int]:

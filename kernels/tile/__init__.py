@@ -42,11 +42,6 @@ def why_not(q: Tensor, v: Tensor) -> str | None:
     """Say why the template cannot take these tensors, None where it can."""
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
         return f"heads of more than {WIDEST} channels, found {max(q.shape[-1], v.shape[-1])}"
-    return why_not_on(q)
-
-
-def why_not_on(q: Tensor) -> str | None:
-    """Say why no Triton kernel can take a tensor of this device and dtype, None where one can."""
     wanted = "cpu" if _interpreted() else "cuda"
     if q.device.type != wanted:
         return f"the tensors are on {q.device}" + (", TRITON_INTERPRET=1 is set" if wanted == "cpu" else "")

@@ -39,6 +39,7 @@ class Bias(NamedTuple):
 
     function: Any
     data: tuple[Any, ...]
+    config: Config | None = None  # in place of the table's, where the bias itself needs the registers
 
 
 Tiling = Callable[[int, int], Policy]  # from the tokens wanted in a query and a key tile
@@ -72,7 +73,7 @@ def forward(
     batch, queries, heads, _ = q.shape
     out = q.new_empty(batch, queries, heads, v.shape[-1], dtype=out_dtype)
     lse = q.new_empty(batch, queries, heads, dtype=_sums(q))
-    config = config_of("forward", q, v, bias.function is not None)
+    config = bias.config or config_of("forward", q, v, bias.function is not None)
     policy = tiling(config.queries, config.keys)
     launch(
         kernels.forward_kernel, policy.query_tiles * batch * heads, config, q,
@@ -109,7 +110,7 @@ def backward(
     rows = q.new_empty(2, batch, heads, queries, dtype=_sums(q))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scales = (*exact(scale * LOG2_E), *exact(scale))
-    config = config_of("dq", q, v, bias.function is not None)
+    config = bias.config or config_of("dq", q, v, bias.function is not None)
     policy = tiling(config.queries, config.keys)
     launch(
         kernels.dq_kernel, policy.query_tiles * batch * heads, config, q,
@@ -120,7 +121,7 @@ def backward(
         KEYS_OF=policy.keys_of, VISIT=policy.visit_k, ALLOW=policy.allow, BIAS=bias.function,
         TQ=policy.shape[0], **constants(q, v),
     )  # fmt: skip
-    config = config_of("dkv", q, v, bias.function is not None)
+    config = bias.config or config_of("dkv", q, v, bias.function is not None)
     policy = (tiling_of_keys or tiling)(config.queries, config.keys)
     launch(
         kernels.dkv_kernel, policy.key_tiles * batch * k.shape[2], config, q,
