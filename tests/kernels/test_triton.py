@@ -28,13 +28,19 @@ def test_without_a_gpu_the_reason_is_told():
     assert all("no GPU" in reason for reason in reasons.values())
 
 
-@pytest.mark.parametrize(
-    "part",
-    [part if part == "test_sanitizer" else pytest.param(part, marks=pytest.mark.slow) for part in PARTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS, ids=NAMES)
 def test_in_the_interpreter(part):
+    run(part)
+
+
+def test_one_call_of_every_kernel_in_the_interpreter():
+    run(PARTS[-1], "-m", "not slow")
+
+
+def run(part: tuple[str, ...], *options: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
     files = [TESTS / "interpret" / f"{name}.py" for name in part]
     result = subprocess.run(
         [*command, *files], cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
