@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
+from diffusers import FirstBlockCacheConfig
 from diffusers.models import attention_dispatch
 from tiny_diffusion import (
     COGVIDEOX,
@@ -436,6 +437,18 @@ def test_weights_may_be_offloaded_and_stored_in_eight_bits(tiny):
         assert torch.equal(output(model, inputs), stock)
     with apply(method, model):
         assert (output(model, inputs) - stock).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("tiny", [WAN, FLUX, HUNYUAN], ids=repr)
+def test_the_first_block_cache_of_diffusers_works_beside_it(tiny):
+    method, pipe = "radial" if tiny in VIDEOS else "neighborhood", tiny.pipe()
+    with apply(method, pipe):
+        wanted = tiny.generate(pipe, steps=3)
+    for threshold, is_exact in ((0.0, True), (10.0, False)):  # never and always reuse what the rest computed
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        with apply(method, pipe):
+            assert torch.equal(tiny.generate(pipe, steps=3), wanted) == is_exact
+        pipe.transformer.disable_cache()
 
 
 @once
