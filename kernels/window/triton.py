@@ -206,7 +206,8 @@ def backward(
     if sums is None:
         return [dq, dk, dv]
     tokens = bias.shape[-1]
-    return [dq, dk, dv, sums.sum(0)[:, :tokens, :tokens].to(bias.dtype)]
+    # In rows of its own: what a compiled graph was promised.
+    return [dq, dk, dv, sums.sum(0)[:, :tokens, :tokens].to(bias.dtype).contiguous()]
 
 
 def config(q: Tensor, v: Tensor, window_size: tuple[int, int], *, backward: bool = False) -> Config:
