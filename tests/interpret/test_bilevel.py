@@ -91,6 +91,17 @@ def test_it_is_as_close_to_truth_as_the_definition(dtype):
 
 
 @pytest.mark.slow
+def test_a_region_that_was_not_chosen_shows_nowhere(small_tiles):
+    q, k, v = (x.detach() for x in inputs((4, 4)))
+    k[:, 0, 0], v[:, 1, 1] = float("nan"), float("inf")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    routes = torch.tensor([[[1, 2], [1, 3], [2, 3], [3, 2]]])
+    out = ops.bilevel_routing_attention(*leaves, routes, 2, backend="triton")
+    assert out.isfinite().all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.slow
 def test_strided_packed_and_empty_inputs():
     q, k, v = torch.randn(2, 4, 6, 3, 1, 8).unbind(3)
     routes = routes_of(2, 4, 2)
