@@ -40,7 +40,7 @@ class DigitScenes:
 
     def target(self, index: int) -> np.ndarray:
         """Return the classes int16 [48, 48] of one scene: 0 is the ground, 1 the digit zero."""
-        return compose(index, train=self.train)[1]
+        return compose(index, train=self.train)[1].copy()
 
     def describe(self, index: int) -> str:
         """Return which scene this is."""
@@ -49,6 +49,7 @@ class DigitScenes:
     short = describe
 
 
+@cache  # image and mask are asked for one by one, and again in every epoch: 25 MB for all scenes
 def compose(index: int, *, train: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return a scene, uint8 [48, 48], and its classes, int16 [48, 48]."""
     # The legacy generator is frozen by NumPy: a scene is the same for ever.
