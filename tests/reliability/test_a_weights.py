@@ -439,8 +439,8 @@ READERS = {
     "read_state_dict": loader.read_state_dict,
 }
 READS_NO_WEIGHTS = {
-    "accelerate", "capture_attention", "list_models", "model_info", "recipe", "ops", "analysis", "diffusion", "ModelInfo",
-    "ConfigError", "DataError", "IntegrityError", "ResourceError", "ZooError",
+    "accelerate", "capture_attention", "list_models", "model_info", "recipe", "ops", "analysis", "diffusion",
+    "ModelInfo", "ConfigError", "DataError", "IntegrityError", "ResourceError", "ZooError",
 }  # fmt: skip
 
 
