@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -17,13 +18,18 @@ def with_flex(
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, N, Hq, Dv] and the natural-log LSE [B, N, Hq] of q [B, N, Hq, D], k and v.
 
+    On a CPU the compiled form gives no LSE: there it runs uncompiled, over all pairs, which compares
+    numbers and no speed.
     Shapes: bias [B or 1, Hq or 1, N, M], added to the logits.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, more = compiled_flex()(
-        q, k, v, score_mod=None if bias is None else _adds(bias), block_mask=mask, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+    attend = compiled_flex() if q.is_cuda else flex_attention
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        out, more = attend(
+            q, k, v, score_mod=None if bias is None else _adds(bias), block_mask=mask, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
     return out.transpose(1, 2), more.lse.transpose(1, 2)
 
 

@@ -8,21 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import flex_attention
 
 from zoo import ops
 from zoo.kernels import dispatch, peers
 from zoo.kernels.block_sparse.peers import block_mask
-from zoo.kernels.peers import attend
 from zoo.ops import BlockList
-
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-
-
-@pytest.fixture
-def plain_flex(monkeypatch):
-    """Without compilation, which takes half a minute for each kind of call; all pairs are computed."""
-    monkeypatch.setattr(attend, "compiled_flex", lambda: flex_attention)
 
 
 def qkv(n, m=None, *, batch=2, heads=4, kv_heads=None, dim=16):
@@ -51,7 +41,7 @@ def lists(kind: str) -> tuple[BlockList, int, int]:
         ("segments", False),
     ],
 )
-def test_flex_computes_block_sparse_attention(kind, biased, plain_flex):
+def test_flex_computes_block_sparse_attention(kind, biased):
     blocks, n, m = lists(kind)
     q, k, v = qkv(n, m, kv_heads=2)
     bias = torch.randn(4, n, m) if biased else None
@@ -88,22 +78,13 @@ def test_its_blocks_hold_what_is_listed_and_no_more(kind):
 
 
 @pytest.mark.parametrize(("shift", "biased"), [(0, True), pytest.param(2, True, marks=pytest.mark.slow)])
-def test_flex_computes_window_attention(shift, biased, plain_flex):
+def test_flex_computes_window_attention(shift, biased):
     q, k, v = (torch.randn(2, 8, 12, heads, 16) for heads in (4, 2, 2))
     bias = torch.randn(4, 16, 16) if biased else None
     options = {"shift": shift, "bias": bias, "return_lse": True}
     out, lse = ops.window_attention(q, k, v, 4, **options, backend="flex")
     expected = ops.window_attention(q, k, v, 4, **options, backend="reference")
     torch.testing.assert_close((out, lse), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_flex_gives_the_same():
-    blocks, n, m = lists("by head")
-    q, k, v = qkv(n, m, kv_heads=2, dim=32)
-    out = ops.block_sparse_attention(q, k, v, blocks, backend="flex")
-    expected = ops.block_sparse_attention(q, k, v, blocks, backend="reference")
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 class Xformers:

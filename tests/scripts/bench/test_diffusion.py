@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -23,6 +24,12 @@ def bench(monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
+
+
+def test_it_starts_as_a_command():
+    """Beside the other scripts: one with the name of a package that diffusers needs would be taken for it."""
+    result = subprocess.run([sys.executable, str(SCRIPT), "--plan"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_published_geometries_keep_what_was_published(bench):

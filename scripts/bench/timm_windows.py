@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """timm's window models with and without `zoo.accelerate`, in one run: forward pass and training step.
 
-    python scripts/bench/accelerate.py [--batch 8] [--seconds 20] [--json FILE] [MODEL ...]
+    python scripts/bench/timm_windows.py [--batch 8] [--seconds 20] [--json FILE] [MODEL ...]
 
 Both run in turns in one process on one thread; the fastest turn of each counts, in CPU time. Above 1 the
 accelerated model is the faster one.
