@@ -62,7 +62,7 @@ class Adapter:
     padding. `project` returns query, key and value of the joint sequence, [B, N, H, D], after norm and rotary
     embedding; `mask` what the model's own processor would mask them with; `output` turns the result,
     [B, N, C], into what that processor returns. `drops_padding`: padding has no queries either.
-    `timestep_rises` from step to step.
+    `timestep_rises` from step to step. `rotary_name`: what the model's own processor calls the angles.
     """
 
     model: type[nn.Module]
@@ -78,6 +78,7 @@ class Adapter:
     mask: Callable[[Tensor | None, Tensor | None, int], Tensor | None] = given_mask
     drops_padding: bool = False
     timestep_rises: bool = False
+    rotary_name: str = "image_rotary_emb"
 
     def __reduce__(self) -> tuple[Callable[..., Adapter], tuple[type[nn.Module]]]:
         """Pickle as a name: a row is the same object everywhere."""
@@ -523,6 +524,7 @@ ADAPTERS = (
         layout=wan_layout,
         project=wan_project,
         output=image_output,
+        rotary_name="rotary_emb",
     ),
     Adapter(
         model=HunyuanVideoTransformer3DModel,

@@ -71,7 +71,7 @@ class State:
 
     `call` numbers the calls of one step, which guidance may make several of. A model in training gets
     timesteps that are samples, no steps of a generation. While the handle compares with dense attention,
-    `is_comparing` says so and `errors` takes what each layer finds.
+    `is_comparing` says so and `errors` takes what each layer finds. `is_removed`: none of it holds any more.
     """
 
     sparse: bool = False
@@ -82,12 +82,15 @@ class State:
     groups: tuple[Group, ...] = ()
     is_comparing: bool = False
     errors: dict[str, float] | None = None
+    is_removed: bool = False
 
 
 class Processor:
     """An attention processor that projects as its model does and attends in a sparse way of its own.
 
     A sub-class writes `attend`. It is a plain object: a module would add keys to the model's state dict.
+    Once its handle is removed it does what the `original` does: diffusers may still have it, to be put back
+    by `unfuse_qkv_projections`.
     The parameters of `__call__` have names because diffusers drops every keyword without one.
     """
 
@@ -97,9 +100,10 @@ class Processor:
     # Older processors of diffusers know no backends: the process-wide default must not reach them either.
     dispatches = True
 
-    def __init__(self, name: str, adapter: Adapter, state: State, config: Any) -> None:
+    def __init__(self, name: str, adapter: Adapter, original: Any, state: State, config: Any) -> None:
         self.name = name
         self.adapter = adapter
+        self.original = original
         self.state = state
         self.config = config
         self.image_only = adapter.image_only is not None and name.endswith(adapter.image_only)
@@ -113,6 +117,14 @@ class Processor:
         image_rotary_emb: Any = None,
         encoder_hidden_states_mask: Tensor | None = None,
     ) -> Any:
+        if self.state.is_removed:
+            given = {
+                "encoder_hidden_states": encoder_hidden_states,
+                "attention_mask": attention_mask,
+                self.adapter.rotary_name: image_rotary_emb,
+                "encoder_hidden_states_mask": encoder_hidden_states_mask,
+            }
+            return self.original(attn, hidden_states, **{k: v for k, v in given.items() if v is not None})
         query, key, value = self.adapter.project(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb
         )  # [B, N, H, D]
@@ -264,7 +276,8 @@ class Handle:
         try:
             for site in sites:
                 for name, layer in site.layers.items():
-                    original, ours = layer.processor, processor(name, site.adapter, self._state, config)
+                    original = stock_of(layer.processor)
+                    ours = processor(name, site.adapter, original, self._state, config)
                     ours.dispatches = hasattr(original, "_attention_backend")
                     ours._attention_backend = getattr(original, "_attention_backend", None)
                     site.originals[name], site.processors[name] = original, ours
@@ -309,6 +322,8 @@ class Handle:
                 if site.layers[name].processor is site.processors.get(name):
                     site.layers[name].processor = original
         self._active = False
+        # Agent attention asks for the plan first.
+        self._state.is_removed, self._state.sparse = True, False
 
     def compare_dense(self, *args: Any, transformer: nn.Module | None = None, **kwargs: Any) -> Comparison:
         """Run a transformer once dense and once sparse and say how far apart they are.
@@ -504,7 +519,7 @@ def find_sites(target: Any, method: str, dense_layers: int | Sequence[int | str]
         refuse_context_parallel(model, method)
         layers = select(adapter.layers(model), dense_layers)
         for name, layer in layers.items():
-            refuse_foreign_processor(name, layer.processor, adapter)
+            refuse_foreign_processor(name, stock_of(layer.processor), adapter)
         sites.append(Site(entry, model, adapter, layers))
     return sites
 
@@ -539,6 +554,12 @@ def check_backend(name: str, op: str) -> None:
     if name not in names:
         near = did_you_mean(str(name), names)
         raise ConfigError(f"backend must be one of {', '.join(names)}, found {name!r}{near}")
+
+
+def stock_of(processor: Any) -> Any:
+    """What a processor stands for: itself, or the original where its handle was removed."""
+    is_removed = isinstance(processor, Processor) and processor.state.is_removed
+    return processor.original if is_removed else processor
 
 
 def refuse_foreign_processor(name: str, processor: Any, adapter: Adapter) -> None:

@@ -264,6 +264,20 @@ def test_fused_projections_lora_and_comparison():
         assert (output(model, inputs) - plain).abs().max() > 1e-4
 
 
+def test_projections_fused_before_and_unfused_after_remove_are_the_stock_ones():
+    model, inputs = SD15.build(), SD15.inputs()
+    stock = output(model, inputs)
+    handle = diffusion.apply_agent(model)
+    assert not torch.equal(output(model, inputs), stock)
+    model.fuse_qkv_projections()
+    handle.remove()
+    model.unfuse_qkv_projections()
+    assert torch.equal(output(model, inputs), stock)
+    with diffusion.apply_agent(model):
+        assert not torch.equal(output(model, inputs), stock)
+    assert torch.equal(output(model, inputs), stock)
+
+
 def test_gradients_are_finite_and_an_exception_restores_all():
     model, inputs = SD15.build(), SD15.inputs()
     before, count = list(model.attn_processors.values()), hooks(model)

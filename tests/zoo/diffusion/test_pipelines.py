@@ -371,6 +371,37 @@ def test_fused_projections_give_the_same_numbers(tiny):
         torch.testing.assert_close(output(model, inputs), wanted, atol=2e-5, rtol=1e-4)
 
 
+@once
+def test_processors_that_come_back_after_remove_are_the_stock_ones(method, tiny):
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    stock = output(model, inputs)
+    handle = apply(method, model)
+    assert not torch.equal(output(model, inputs), stock)
+    ours = [(module, module.processor) for module in model.modules() if hasattr(module, "processor")]
+    handle.remove()
+    for module, processor in ours:  # as unfuse_qkv_projections of several models does
+        module.processor = processor
+    larger = tiny.inputs(tiny.large)
+    found = [output(model, x) for x in (inputs, larger)]
+    assert torch.equal(found[0], stock) and torch.equal(found[1], output(tiny.build(), larger))
+    with apply(method, model):
+        assert not torch.equal(output(model, inputs), stock)
+    assert not any(isinstance(m.processor, diffusion.handle.Processor) for m, _ in ours)
+
+
+@pytest.mark.parametrize("tiny", [SD3, COGVIDEOX, PIXART], ids=repr)
+def test_projections_fused_before_and_unfused_after_remove_are_the_stock_ones(tiny):
+    method = "radial" if tiny in VIDEOS else "neighborhood"
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    stock = output(model, inputs)
+    handle = apply(method, model)
+    output(model, inputs)
+    model.fuse_qkv_projections()
+    handle.remove()
+    model.unfuse_qkv_projections()
+    assert torch.equal(output(model, inputs), stock)
+
+
 @pytest.mark.parametrize("adapter_first", [True, False], ids=["LoRA first", "handle first"])
 @pytest.mark.parametrize("tiny", [WAN, HUNYUAN, MOCHI, SD35, QWEN], ids=repr)
 def test_lora_before_and_after_is_heeded(tiny, adapter_first):
