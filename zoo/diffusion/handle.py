@@ -416,7 +416,9 @@ class Handle:
         phase = self.config.phase(max(self._step, 0))
         key = (adapter.model, layout, text, str(device), phase)
         if key not in self._plans:
-            self._plans[key] = self.config.plan(adapter, layout, text, device, phase)
+            # A plan made under torch.inference_mode must serve training as well.
+            with torch.inference_mode(False):
+                self._plans[key] = self.config.plan(adapter, layout, text, device, phase)
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)

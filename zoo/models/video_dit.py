@@ -215,10 +215,12 @@ class VideoDiT(nn.Module):
             return None
         key = (grid, str(device))
         if key not in self._lists:
-            mask = radial_block_mask(grid[0], grid[1] * grid[2], **self.attention_kwargs)
-            size = self.attention_kwargs.get("block_size", 128)
-            blocks = ops.BlockList.from_mask(mask, block_size=size).to(device)
-            self._lists[key] = None if bool(mask.all()) else blocks
+            # Lists made under torch.inference_mode must serve training as well.
+            with torch.inference_mode(False):
+                mask = radial_block_mask(grid[0], grid[1] * grid[2], **self.attention_kwargs)
+                size = self.attention_kwargs.get("block_size", 128)
+                blocks = ops.BlockList.from_mask(mask, block_size=size).to(device)
+                self._lists[key] = None if bool(mask.all()) else blocks
             if len(self._lists) > GEOMETRIES:
                 self._lists.popitem(last=False)
         return self._lists[key]

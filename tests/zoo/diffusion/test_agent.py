@@ -289,6 +289,15 @@ def test_gradients_are_finite_and_an_exception_restores_all():
     assert hooks(model) == count and not any(isinstance(p, Processor) for p in before)
 
 
+def test_a_model_may_train_after_inference_mode():
+    model, inputs = SD15.build(), SD15.inputs()
+    with diffusion.apply_agent(model):
+        with torch.inference_mode():
+            model(**inputs)
+        model.train()(**inputs)[0].square().mean().backward()
+    assert any(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_an_image_prompt_adapter_is_refused():
     model = SD15.build()
     foreign = IPAdapterAttnProcessor2_0(hidden_size=8, cross_attention_dim=16)

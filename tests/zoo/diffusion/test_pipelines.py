@@ -200,6 +200,16 @@ def test_gradients_are_those_of_the_mask(method, tiny):
         torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
 
 
+@once
+def test_a_model_may_train_after_inference_mode(method, tiny):
+    model, inputs = tiny.build(1), tiny.inputs(tiny.small)
+    with apply(method, model):
+        with torch.inference_mode():
+            model(**copy.deepcopy(inputs))
+        model.train()(**copy.deepcopy(inputs))[0].square().mean().backward()
+    assert any(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("tiny", [HUNYUAN, MOCHI, QWEN], ids=repr)
 @pytest.mark.parametrize("kept", [(0, 0), (7, 0), (3, 3), (7, 7), (1, 6)], ids=str)
 def test_any_padding_of_the_prompts_is_left_out(tiny, kept):

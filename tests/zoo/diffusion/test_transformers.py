@@ -419,6 +419,14 @@ def test_lora_for_longer_videos_is_saved_and_loaded_as_diffusers_does(tmp_path):
     torch.testing.assert_close(other(x, 3).sample, plain)
 
 
+def test_a_video_model_may_train_after_inference_mode():
+    model, x = tiny_video(attention="radial", attention_kwargs=RADIAL), noise(1, 4, 5, 8, 8)
+    with torch.inference_mode():
+        model(x, 3)
+    model.train()(x, 3).sample.sum().backward()
+    assert model.blocks[0].attn.qkv.weight.grad.any()
+
+
 def test_geometries_are_bounded():
     model = VideoDiT(depth=1, hidden_size=12, num_heads=2, attention="radial", attention_kwargs=RADIAL)
     for frames in range(1, GEOMETRIES + 4):
