@@ -340,7 +340,7 @@ class ConditionCache:
     """Keys and values of conditions, made at the first step and reused at all later ones.
 
     That is exact where conditions do not depend on time: nothing that modulates them may. The cache proves
-    it: at the second step it makes them once more and compares; at the third it begins to save work.
+    it: it makes them anew until a second timestep has come, and compares; after that it begins to save work.
     """
 
     def __init__(self, *, tolerance: float = 0.0) -> None:
@@ -350,26 +350,33 @@ class ConditionCache:
     def reset(self) -> None:
         """Forget everything; for a new generation."""
         self._made: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._times: dict[Hashable, Tensor] = {}
         self._proved: set[Hashable] = set()
 
-    def get(self, layer: Hashable, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def get(
+        self, layer: Hashable, make: Callable[[], tuple[Tensor, Tensor]], time: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer, by `make` while they are not known or not proved.
 
-        Raises: ConfigError where the second step made others than the first.
+        `time` is the timestep of this call, of any shape: several calls of one step prove nothing.
+        Raises: ConfigError where a call made others than the first one.
         """
         if layer in self._proved:
             return self._made[layer]
         made = make()
         if layer not in self._made:
             self._made[layer] = made
+            # A copy: some schedulers count in place.
+            self._times[layer] = torch.as_tensor(time).detach().cpu().clone()
             return made
         apart = max(float((a - b).abs().max()) for a, b in zip(made, self._made[layer], strict=True))
         if not apart <= self.tolerance:
             raise ConfigError(
                 f"conditions at {layer} must not depend on time to be cached, found them {apart:.3g} apart "
-                "after one step; modulate them with a constant timestep or do without the cache"
+                "later; modulate them with a constant timestep or do without the cache"
             )
-        self._proved.add(layer)
+        if not torch.equal(torch.as_tensor(time).detach().cpu(), self._times[layer]):
+            self._proved.add(layer)
         return self._made[layer]
 
 

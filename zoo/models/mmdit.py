@@ -264,7 +264,7 @@ class MMDiT(nn.Module):
             layout = self.layout_of(layout, spatial, subjects)
             # Nothing here knows the time.
             make = lambda: self.keys_and_values((*spatial, *subjects), len(spatial), grid, pooled)  # noqa: E731
-            keys, values = make() if cache is None else cache.get("conditions", make)
+            keys, values = make() if cache is None else cache.get("conditions", make, time)
             extra = list(zip(keys, values, strict=True))
         image, text = image.flatten(1, 2), self.text_embedder(text)
         angles = angles_of(grid, self.width, image.device)

@@ -287,7 +287,7 @@ def test_a_cache_is_exact_where_conditions_know_no_time_and_refused_where_they_d
 
     for step in range(4):
         query, key, value = (noise(1, base, 2, 6, seed=10 * step + i) for i in range(3))
-        cached = cache.get("layer", lambda: condition(1.0))
+        cached = cache.get("layer", lambda: condition(1.0), 1000 - step)
         fresh = condition(1.0)
         found, wanted = (
             pka_attention(query, torch.cat([key, k], 1), torch.cat([value, v], 1), layout, routed=[None])
@@ -296,9 +296,20 @@ def test_a_cache_is_exact_where_conditions_know_no_time_and_refused_where_they_d
         assert torch.equal(found, wanted)
     assert len(made) == 4 + 2  # fresh ones at every step, cached ones twice
     cache.reset()
-    cache.get("layer", lambda: condition(1.0))
+    cache.get("layer", lambda: condition(1.0), 1.0)
     with pytest.raises(ConfigError, match="layer must not depend on time"):
-        cache.get("layer", lambda: condition(0.9))
+        cache.get("layer", lambda: condition(0.9), 0.9)
+
+
+def test_several_calls_of_a_step_prove_nothing_to_a_cache():
+    cache, time = diffusion.ConditionCache(), torch.tensor([1.0])
+    condition = lambda: (noise(1, 4, 2, 6) * time, noise(1, 4, 2, 6) * time)  # noqa: E731
+    for _ in range(3):  # guidance, or a solver that evaluates a time twice
+        found = cache.get("layer", condition, time)
+        assert torch.equal(found[0], condition()[0])
+    time *= 0.5  # in place
+    with pytest.raises(ConfigError, match="layer must not depend on time"):
+        cache.get("layer", condition, time)
 
 
 def test_times_lean_to_noise():
