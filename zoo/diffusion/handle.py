@@ -21,6 +21,7 @@ from zoo.errors import ConfigError, did_you_mean
 from zoo.layers.tokens import TokenLayout
 
 PLANS = 16  # geometries of which a handle keeps the plan
+PROMPTS = 4  # of one step: with and without guidance, and those of a generation that was broken off
 
 
 class Config:
@@ -36,6 +37,10 @@ class Config:
 
     def phase(self, step: int) -> Any:
         """What a plan depends on beside the geometry; asked at every forward."""
+        return None
+
+    def prompt(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """What tells calls of one step apart, where the processors remember something from step to step."""
         return None
 
     def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device, phase: Any) -> Any:
@@ -69,15 +74,18 @@ class Group:
 class State:
     """What the processors of one handle read; a step number would recompile the model at every step.
 
-    `call` numbers the calls of one step, which guidance may make several of. A model in training gets
-    timesteps that are samples, no steps of a generation. While the handle compares with dense attention,
-    `is_comparing` says so and `errors` takes what each layer finds. `is_removed`: none of it holds any more.
+    Guidance may call several times in a step: `is_first_call` of them, `prompt` numbers their prompts, and
+    `has_prompt` says that it is that of the first call. A model in training gets timesteps that are samples,
+    no steps of a generation. While the handle compares with dense attention, `is_comparing` says so and
+    `errors` takes what each layer finds. `is_removed`: none of it holds any more.
     """
 
     sparse: bool = False
     is_training: bool = False
     is_first_step: bool = True
-    call: int = 0
+    is_first_call: bool = True
+    prompt: int = 0
+    has_prompt: bool = True
     layout: TokenLayout | None = None
     groups: tuple[Group, ...] = ()
     is_comparing: bool = False
@@ -149,6 +157,9 @@ class Processor:
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         """Register what this layer needs beside its processor; the handle removes it."""
         return []
+
+    def forget(self, prompt: int) -> None:
+        """A generation may begin with this prompt: what is remembered of it is of one before."""
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -303,6 +314,8 @@ class Handle:
     def reset(self) -> None:
         """Start counting steps anew; needed only after a generation that was broken off."""
         self._step, self._timestep = -1, float("-inf")
+        self._prompts: list[Tensor] = []
+        self._first_prompt = self._next_prompt = 0
 
     def stats(self) -> Stats:
         """Say how much was computed and saved so far."""
@@ -383,6 +396,7 @@ class Handle:
         self._state.is_training = site.model.training
         if self._forced is None and not site.model.training:
             self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
+            self._number_prompt(self.config.prompt(arguments))
         sparse = site.model.training or self._step >= self.dense_steps
         sparse = sparse if self._forced is None else self._forced
         groups = self._groups(site.adapter, layout, arguments, hidden_states)
@@ -431,13 +445,39 @@ class Handle:
         """
         now = float(torch.as_tensor(timestep).detach().max())
         now = -now if rises else now
-        self._state.call = self._state.call + 1 if now == self._timestep else 0
+        self._state.is_first_call = now != self._timestep
         if now > self._timestep:
             self._step = 0
         elif now < self._timestep:
             self._step += 1
         self._timestep = now
         self._state.is_first_step = self._step == 0
+
+    def _number_prompt(self, prompt: Tensor | None) -> None:
+        """Tell prompts apart by what they are: a generation that follows one that was broken off in its first
+        step, or had but one, begins at the same timestep and looks like a further call of that step.
+        """
+        if prompt is None:
+            return
+        state, prompts = self._state, self._prompts
+        kind = lambda x: (x.shape, x.dtype, x.device)  # noqa: E731
+        same = (i for i, x in enumerate(prompts) if kind(x) == kind(prompt) and torch.equal(x, prompt))
+        number = next(same, None)
+        if number is None and state.is_first_step:
+            number, self._next_prompt = self._next_prompt, (self._next_prompt + 1) % PROMPTS
+            prompts[number : number + 1] = [prompt.detach().clone()]
+        elif number is None and state.is_first_call:
+            # A prompt that changes on the way goes on with what is remembered of the step before.
+            number = self._first_prompt
+            prompts[number] = prompt.detach().clone()
+        if state.is_first_step:  # here, because dense steps do not ask the processors to attend
+            for site in self._sites:
+                for processor in site.processors.values():
+                    processor.forget(number)
+        if state.is_first_call:
+            self._first_prompt = number
+        state.prompt = self._first_prompt if number is None else number
+        state.has_prompt = number == self._first_prompt
 
     def _count_work(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> None:
         """Count here, not in the processors: a counter there would recompile the model at every step."""

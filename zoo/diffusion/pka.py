@@ -86,6 +86,10 @@ class PKAConfig(Config):
             )
         return TokenLayout(layout.text, layout.grid, spatial, tuple(lengths[1 + spatial :]))
 
+    def prompt(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Where keywords are is remembered for their prompt."""
+        return arguments["encoder_hidden_states"] if self.relation == "pka" else None
+
     def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device, phase: Any) -> str:
         """There is always something that conditions do not see."""
         return self.relation
@@ -118,31 +122,42 @@ class PKAProcessor(Processor):
         self.keywords = KeywordState(
             config.keywords, epsilon=config.epsilon, norm=config.norm, refresh=config.refresh
         )
-        self.routed = self.keywords.routed(None)  # by what this step attends
+        self.everywhere: list[Tensor | None] = [None] * len(config.keywords)
+        self.masks: dict[int, list[Tensor | None]] = {}  # of each prompt, by the latest step
+        self.routed = self.everywhere  # by what this step attends
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: str) -> Tensor:
         if plan != "pka":
             return group_attention(query, key, value, layout, relation=plan)
         config = self.config
         seen = query[:, layout.image_slice], key[:, layout.text_slice]
-        # Only the first call of a step has the prompt with the keywords: guidance calls again without it.
-        has_prompt = self.state.call == 0 or self.state.is_training
         if self.state.is_training:  # there is no step before
-            self.routed = self.keywords.routed_by(*seen)
-        elif has_prompt:
-            if self.state.is_first_step and not self.state.is_comparing:
-                self.keywords.reset()
-            self.routed = self.keywords.routed(None)
-        everywhere = [None] * len(layout.subjects)
-        out = pka_attention(
-            query, key, value, layout,
-            routed=self.routed if has_prompt or config.share_routing else everywhere,
-            paa_radius=config.paa_radius, combine=config.combine,
+            routed = self.keywords.routed_by(*seen)
+        else:
+            routed = self.routed_from_before(*seen)
+        return pka_attention(
+            query, key, value, layout, routed=routed, paa_radius=config.paa_radius, combine=config.combine,
             text_to_condition=config.text_to_condition, backend=config.backend,
         )  # fmt: skip
-        if has_prompt and not self.state.is_comparing and not self.state.is_training:
-            self.keywords.look(None, *seen)
-        return out
+
+    def routed_from_before(self, query_image: Tensor, key_text: Tensor) -> list[Tensor | None]:
+        """The masks of this step, by the step before; remember those for the next one.
+
+        At the first step there are none, and any of its calls may be the one with the prompt. Later it is
+        the first call of a step that has it: guidance calls again without the keywords.
+        """
+        state, config = self.state, self.config
+        known = self.masks.get(state.prompt, self.everywhere)
+        if state.is_comparing:
+            return known
+        if state.is_first_step or state.is_first_call:
+            self.routed = self.everywhere if state.is_first_step else known
+            if state.is_first_step or config.refresh == "every" or state.prompt not in self.masks:
+                self.masks[state.prompt] = self.keywords.routed_by(query_image, key_text)
+        return self.routed if state.has_prompt or config.share_routing else self.everywhere
+
+    def forget(self, prompt: int) -> None:
+        self.masks.pop(prompt, None)
 
 
 def apply_pka(

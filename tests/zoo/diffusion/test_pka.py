@@ -425,13 +425,48 @@ def test_the_call_without_the_prompt_sees_all_or_shares_the_routing(share):
     model, layout = build_flux(1), TokenLayout(7, (3, 4), 1, (5,))
     del model.single_transformer_blocks[:]
     settings = {"conditions": KINDS, "keywords": [[2]], "epsilon": 0.9, "share_routing": share}
-    full = output(model, conditioned(timestep=0.5), relation_mask(layout))
+    other = lambda t: {**conditioned(timestep=t), "encoder_hidden_states": noise(2, 7, 16, seed=8)}  # noqa: E731
+    full, bare = (output(model, x, relation_mask(layout)) for x in (conditioned(timestep=0.5), other(0.5)))
     with diffusion.apply_pka(model, **settings):
-        for timestep in (0.9, 0.9, 0.5):
-            found = output(model, conditioned(timestep=timestep))
-        without = output(model, conditioned(timestep=0.5))
+        for timestep in (0.9, 0.5):
+            found, without = (output(model, x) for x in (conditioned(timestep=timestep), other(timestep)))
     assert (found - full).abs().max() > 1e-4
-    assert torch.equal(without, found) if share else (without - full).abs().max() <= 1e-5
+    assert ((without - bare).abs().max() <= 1e-5) == (not share)
+
+
+def prompted(timestep: float, seed: int) -> dict:
+    """Another prompt, and an image that it led to."""
+    inputs = conditioned(timestep=timestep)
+    inputs["hidden_states"][:, :12] = noise(2, 12, 4, seed=100 * seed + int(100 * timestep))
+    return {**inputs, "encoder_hidden_states": noise(2, 7, 16, seed=seed)}
+
+
+@pytest.mark.parametrize("dense_steps", [0, 1])
+@pytest.mark.parametrize("refresh", ["every", "once"])
+@pytest.mark.parametrize("guided", [False, True], ids=["guidance 1", "guidance"])
+@pytest.mark.parametrize("broken_off", [[9], [9, 4, 9, 4], [5], range(6, 12)], ids=str)
+def test_masks_of_a_generation_of_one_step_are_not_those_of_the_next(
+    broken_off, guided, refresh, dense_steps
+):
+    model = build_flux()
+    settings = {"conditions": KINDS, "keywords": [[2, 3]], "epsilon": 0.5, "refresh": refresh}
+    settings["dense_steps"] = dense_steps
+    seeds = (5, 4) if guided else (5,)
+    generate = lambda: [output(model, prompted(t, seed)) for t in (0.9, 0.6, 0.3) for seed in seeds]  # noqa: E731
+    with diffusion.apply_pka(model, **settings):
+        wanted = generate()
+    with diffusion.apply_pka(model, **settings):
+        for seed in broken_off:
+            output(model, {**prompted(0.9, seed), "hidden_states": prompted(0.9, 3)["hidden_states"]})
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(generate(), wanted, strict=True))
+
+
+def test_a_solver_that_evaluates_a_time_twice_gets_the_same_masks():
+    model = build_flux()
+    with diffusion.apply_pka(model, conditions=KINDS, keywords=[[2, 3]], epsilon=0.5):
+        first, *twice = (output(model, prompted(t, 5)) for t in (0.9, 0.6, 0.6, 0.3, 0.3))
+    assert torch.equal(twice[0], twice[1]) and torch.equal(twice[2], twice[3])
 
 
 def test_sizes_and_conditions_may_change_and_a_second_generation_equals_the_first():
