@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.attention.capture import AttentionRecord, weights_under
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import ConfigError
 from zoo.layers.pka import ConditionCache, KeywordState, dense_attention, pka_attention, relation_mask
 from zoo.layers.tokens import TokenLayout
 from zoo.models.dit import (
@@ -33,7 +33,7 @@ from zoo.models.dit import (
     per_sample,
     run_block,
 )
-from zoo.models.video_dit import clamp_window, rotate, window_mask
+from zoo.models.video_dit import check_attention, clamp_window, rotate, window_mask
 from zoo.registry import register_generators
 
 ATTENTIONS = ("global", "neighborhood")
@@ -200,7 +200,7 @@ class MMDiT(nn.Module):
     values: both belong to one generation and, with guidance, to one of its two prompts. In training there is
     no step before, and `keywords` route by the same forward. `paa_radius` and `combine` as in
     `pka_attention`. With conditions, attention is PKA whatever `attention` says.
-    Raises: ConfigError for sizes that do not divide or fit, and an unknown attention.
+    Raises: ConfigError for sizes that do not divide or fit, and an unknown attention or argument of one.
     """
 
     def __init__(
@@ -223,9 +223,7 @@ class MMDiT(nn.Module):
             raise ConfigError(
                 f"hidden_size must give each of {num_heads} heads a width that 4 divides, found {hidden_size}"
             )
-        if attention not in ATTENTIONS:
-            near = did_you_mean(str(attention), ATTENTIONS)
-            raise ConfigError(f"unknown attention {attention!r}; use {', '.join(ATTENTIONS)}{near}")
+        check_attention(attention, attention_kwargs or {}, ATTENTIONS, axes=2)
         self.patch_size, self.width = patch_size, width
         self.x_embedder = PatchEmbed(in_channels, hidden_size, (patch_size, patch_size))
         self.text_embedder = nn.Linear(text_dim, hidden_size)

@@ -33,6 +33,13 @@ from zoo.models.dit import (
 from zoo.registry import register_generators
 
 ATTENTIONS = ("global", "radial", "neighborhood")
+ARGUMENTS = {
+    "global": (),
+    "radial": (
+        "block_size", "decay_factor", "decimation_threshold", "model_type", "sink", "keep_diagonal", "rule"
+    ),
+    "neighborhood": ("kernel_size", "dilation", "stride"),
+}  # fmt: skip
 GEOMETRIES = 16  # of which a model keeps the lists of blocks
 
 
@@ -60,9 +67,7 @@ class VideoAttention(nn.Module):
             raise ConfigError(
                 f"hidden_size must give each of {num_heads} heads an even width of at least 6, found {dim}"
             )
-        if attention not in ATTENTIONS:
-            near = did_you_mean(str(attention), ATTENTIONS)
-            raise ConfigError(f"unknown attention {attention!r}; use {', '.join(ATTENTIONS)}{near}")
+        check_attention(attention, kwargs or {}, ATTENTIONS, axes=3)
         self.num_heads, self.attention, self.kwargs = num_heads, attention, dict(kwargs or {})
         if attention == "neighborhood":
             self.kwargs = {"kernel_size": 7, **self.kwargs}
@@ -149,8 +154,8 @@ class VideoDiT(nn.Module):
     Shapes: latents [B, C, T, height, width] that `patch_size` divides, time [B] or a number, text
         [B, M, text_dim]; returns the latents' shape. Any size.
     Units: `patch_size` (frames, rows, columns) in latent pixels.
-    Raises: ConfigError for a size that does not divide, an unknown attention, or a text where there is none
-        (or none where there is one).
+    Raises: ConfigError for a size that does not divide, an unknown attention or argument of one, or a text
+        where there is none (or none where there is one).
     """
 
     def __init__(
@@ -224,6 +229,38 @@ class VideoDiT(nn.Module):
             if len(self._lists) > GEOMETRIES:
                 self._lists.popitem(last=False)
         return self._lists[key]
+
+
+def check_attention(
+    attention: str, kwargs: Mapping[str, Any], attentions: tuple[str, ...], *, axes: int
+) -> None:
+    """Raise ConfigError for an unknown attention, or arguments that it does not take on so many axes."""
+    if attention not in attentions:
+        near = did_you_mean(str(attention), attentions)
+        raise ConfigError(f"unknown attention {attention!r}; use {', '.join(attentions)}{near}")
+    allowed = ARGUMENTS[attention]
+    for name in kwargs:
+        if name not in allowed:
+            use = f"use {', '.join(allowed)}{did_you_mean(str(name), allowed)}" if allowed else "it has none"
+            raise ConfigError(f"unknown {name!r} in attention_kwargs of {attention!r}; {use}")
+    if attention == "radial":
+        radial_block_mask(1, 1, **kwargs)
+        if type(kwargs.get("keep_diagonal", True)) is not bool:
+            raise ConfigError(f"keep_diagonal must be True or False, found {kwargs['keep_diagonal']!r}")
+    elif attention == "neighborhood":
+        values = {"kernel_size": 7, "dilation": 1, "stride": 1, **kwargs}
+        numbers = {}
+        for name, value in values.items():
+            least = 2 if name == "kernel_size" else 1
+            numbers[name] = list(value) if isinstance(value, (tuple, list)) else [value] * axes
+            if len(numbers[name]) != axes or not all(type(n) is int and n >= least for n in numbers[name]):
+                raise ConfigError(
+                    f"{name} must be one whole number >= {least} or {axes} of them, found {value!r}"
+                )
+        if any(s > k for s, k in zip(numbers["stride"], numbers["kernel_size"], strict=True)):
+            raise ConfigError(
+                f"stride must not exceed kernel_size {values['kernel_size']}, found {values['stride']}"
+            )
 
 
 def clamp_window(grid: tuple[int, ...], axes: list[int], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -210,10 +210,13 @@ def test_it_compiles():
     ("build", "message"),
     [
         (lambda: tiny(attention="neighbourhood"), "did you mean neighborhood"),
+        (lambda: tiny(attention="neighborhood", attention_kwargs={"kernel_sise": 3}), "mean kernel_size"),
+        (lambda: tiny(attention="neighborhood", attention_kwargs={"kernel_size": [3] * 3}), "or 2 of them"),
+        (lambda: tiny(attention_kwargs={"kernel_size": 3}), "'kernel_size' in attention_kwargs of 'global'"),
         (lambda: tiny(hidden_size=20), "2 heads a width that 4 divides, found 20"),
         (lambda: run(tiny(), *inputs(), spatial=[noise(2, 4, 4, 6)]), r"\(3, 4\), found \(2, 3\)"),
     ],
-    ids=["attention", "width", "grid"],
+    ids=["attention", "argument", "axes", "global", "width", "grid"],
 )
 def test_what_cannot_be_is_refused(build, message):
     with pytest.raises(ConfigError, match=message):

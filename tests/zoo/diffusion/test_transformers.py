@@ -456,6 +456,29 @@ def test_what_cannot_be_is_refused(build, message):
         build()
 
 
+@pytest.mark.parametrize(
+    ("attention", "kwargs", "message"),
+    [
+        ("global", {"kernel_size": 3}, "unknown 'kernel_size' in attention_kwargs of 'global'; it has none"),
+        ("radial", {"blok_size": 4}, "'blok_size' .* use block_size, .*; did you mean block_size"),
+        ("radial", {"num_frames": 3}, "unknown 'num_frames'"),
+        ("radial", {"decay_factor": -1}, "decay_factor .* found -1"),
+        ("radial", {"rule": "prnted"}, "rule .* found 'prnted'; did you mean printed"),
+        ("radial", {"keep_diagonal": "no"}, "keep_diagonal .* found 'no'"),
+        ("neighborhood", {"kernel_sise": 3}, "use kernel_size, dilation, stride; did you mean kernel_size"),
+        ("neighborhood", {"kernel_size": 1}, "kernel_size .* >= 2 or 3 of them, found 1"),
+        ("neighborhood", {"kernel_size": (3, 3)}, r"3 of them, found \(3, 3\)"),
+        ("neighborhood", {"kernel_size": 3.0}, "found 3.0"),
+        ("neighborhood", {"dilation": 0}, "dilation .* found 0"),
+        ("neighborhood", {"kernel_size": [3, 4, 5], "stride": 4}, "stride must not exceed .* found 4"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_an_attention_are_named_when_the_model_is_built(attention, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_video(attention=attention, attention_kwargs=kwargs)
+
+
 def test_every_name_is_listed_and_its_rows_exist():
     names = zoo.list_models(task="generation")
     assert {f"dit_{s}_{p}" for s in ("s", "b", "l", "xl") for p in (2, 4, 8)} < set(names)
