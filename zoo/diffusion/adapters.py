@@ -25,6 +25,9 @@ from diffusers.models.attention_processor import (
     FusedAttnProcessor2_0,
     FusedCogVideoXAttnProcessor2_0,
     FusedJointAttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
     JointAttnProcessor2_0,
     MochiAttnProcessor2_0,
 )
@@ -63,6 +66,7 @@ class Adapter:
     embedding; `mask` what the model's own processor would mask them with; `output` turns the result,
     [B, N, C], into what that processor returns. `drops_padding`: padding has no queries either.
     `timestep_rises` from step to step. `rotary_name`: what the model's own processor calls the angles.
+    `refused`: processors that no attention of the model may have, the cross-attentions included.
     """
 
     model: type[nn.Module]
@@ -79,6 +83,7 @@ class Adapter:
     drops_padding: bool = False
     timestep_rises: bool = False
     rotary_name: str = "image_rotary_emb"
+    refused: tuple[type, ...] = ()
 
     def __reduce__(self) -> tuple[Callable[..., Adapter], tuple[type[nn.Module]]]:
         """Pickle as a name: a row is the same object everywhere."""
@@ -579,5 +584,6 @@ ADAPTERS = (
         layout=unet_layout,
         project=plain_project,
         output=image_output,
+        refused=(IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor),
     ),
 )

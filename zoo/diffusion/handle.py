@@ -559,6 +559,12 @@ def find_sites(target: Any, method: str, dense_layers: int | Sequence[int | str]
                 f"{method} attention needs a {names} or a pipeline with one, found {type(model).__name__}"
             )
         refuse_context_parallel(model, method)
+        for name, layer in model.named_modules() if adapter.refused else ():
+            if isinstance(getattr(layer, "processor", None), adapter.refused):
+                raise ConfigError(
+                    f"{method} attention cannot run beside an IP-Adapter, found a "
+                    f"{type(layer.processor).__name__} at {name}; call unload_ip_adapter() first"
+                )
         layers = select(adapter.layers(model), dense_layers)
         for name, layer in layers.items():
             refuse_foreign_processor(name, stock_of(layer.processor), adapter)

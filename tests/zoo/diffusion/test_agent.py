@@ -298,13 +298,15 @@ def test_a_model_may_train_after_inference_mode():
     assert any(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_an_image_prompt_adapter_is_refused():
+@pytest.mark.parametrize("place", ["attn1", "attn2"])  # diffusers puts it on the second
+def test_an_image_prompt_adapter_is_refused(place):
     model = SD15.build()
+    layer = getattr(model.down_blocks[0].attentions[0].transformer_blocks[0], place)
     foreign = IPAdapterAttnProcessor2_0(hidden_size=8, cross_attention_dim=16)
-    model.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(foreign)
-    with pytest.raises(ConfigError, match="found a IPAdapterAttnProcessor2_0, whose effect would be lost"):
+    layer.set_processor(foreign)
+    with pytest.raises(ConfigError, match=f"found a IPAdapterAttnProcessor2_0 at .*{place}; call unload_ip"):
         diffusion.apply_agent(model)
-    assert model.down_blocks[0].attentions[0].transformer_blocks[0].attn1.processor is foreign
+    assert layer.processor is foreign and "IP-Adapter" in diffusion.supported(model)["agent"].reason
 
 
 def test_supported_tells_unets_from_transformers():
