@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -78,6 +79,8 @@ class State:
     `has_prompt` says that it is that of the first call. A model in training gets timesteps that are samples,
     no steps of a generation. While the handle compares with dense attention, `is_comparing` says so and
     `errors` takes what each layer finds. `is_removed`: none of it holds any more.
+    `found` keeps, for every layer, what this forward found in the memory of its processor: a block that is
+    computed again for its gradient must find the same and remember nothing.
     """
 
     sparse: bool = False
@@ -91,6 +94,7 @@ class State:
     is_comparing: bool = False
     errors: dict[str, float] | None = None
     is_removed: bool = False
+    found: dict[str, Any] | None = None
 
 
 class Processor:
@@ -335,6 +339,11 @@ class Handle:
                 if site.layers[name].processor is site.processors.get(name):
                     site.layers[name].processor = original
         self._active = False
+        for site in self._sites:
+            for module, function in checkpointing_of(site.model):
+                while isinstance(function, Checkpointing) and not function.handle._active:
+                    function = function.original
+                module._gradient_checkpointing_func = function
         # Agent attention asks for the plan first.
         self._state.is_removed, self._state.sparse = True, False
 
@@ -393,6 +402,8 @@ class Handle:
         arguments = inspect.signature(type(site.model).forward).bind(site.model, *args, **kwargs).arguments
         layout = self.config.layout(site.adapter, site.model, arguments)
         hidden_states = arguments["sample" if "sample" in arguments else "hidden_states"]
+        if torch.is_grad_enabled():
+            self._watch_checkpoints(site)
         self._state.is_training = site.model.training
         if self._forced is None and not site.model.training:
             self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
@@ -401,9 +412,40 @@ class Handle:
         sparse = sparse if self._forced is None else self._forced
         groups = self._groups(site.adapter, layout, arguments, hidden_states)
         self._state.layout, self._state.groups = layout, groups
+        self._state.found = {} if torch.is_grad_enabled() else None
         self._state.sparse = sparse and any(group.plan is not None for group in groups)
         if self._forced is None:
             self._count_work(site, hidden_states, layout)
+
+    def _watch_checkpoints(self, site: Site) -> None:
+        """Go between a model and its gradient checkpointing, which may be enabled at any time."""
+        for module, function in checkpointing_of(site.model):
+            if self not in handles_of(function):
+                module._gradient_checkpointing_func = Checkpointing(self, function)
+
+    def _checkpoint(self, original: Callable[..., Any], block: Callable[..., Any], *args: Any) -> Any:
+        """Let a block be computed again for its gradient by the state of its own forward.
+
+        There may have been others since then: of another geometry, step or mode.
+        """
+        if not self._active or torch.compiler.is_compiling():  # a graph has taken the state in already
+            return original(block, *args)
+        then = copy(self._state)
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            if not self._active:
+                raise ConfigError(
+                    "gradient checkpointing computes blocks again in backward, found the handle of "
+                    f"apply_{self.method} removed; call backward before remove()"
+                )
+            now = copy(self._state)
+            vars(self._state).update(vars(then))
+            try:
+                return block(*args, **kwargs)
+            finally:
+                vars(self._state).update(vars(now))
+
+        return original(compute, *args)
 
     def _groups(
         self, adapter: Adapter, layout: TokenLayout, arguments: Mapping[str, Any], hidden_states: Tensor
@@ -514,6 +556,32 @@ class Handle:
             for text in (queries, group.text)
         )
         return self.config.chosen_backend(query, key, replace(layout, text=queries), group.plan)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpointing:
+    """What a model checkpoints its blocks with while a handle is applied."""
+
+    handle: Handle
+    original: Callable[..., Any]
+
+    def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
+        return self.handle._checkpoint(self.original, block, *args)
+
+
+def checkpointing_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The modules that can checkpoint their blocks, and with what."""
+    functions = ((x, vars(x).get("_gradient_checkpointing_func")) for x in model.modules())
+    return [(module, function) for module, function in functions if function is not None]
+
+
+def handles_of(function: Callable[..., Any]) -> list[Handle]:
+    """The handles between a model and its gradient checkpointing."""
+    handles = []
+    while isinstance(function, Checkpointing):
+        handles.append(function.handle)
+        function = function.original
+    return handles
 
 
 def apply(

@@ -134,7 +134,12 @@ class PKAProcessor(Processor):
         if self.state.is_training:  # there is no step before
             routed = self.keywords.routed_by(*seen)
         else:
-            routed = self.routed_from_before(*seen)
+            found = self.state.found
+            routed = None if found is None else found.get(self.name)
+            if routed is None:
+                routed = self.routed_from_before(*seen)
+            if found is not None:
+                found[self.name] = routed
         return pka_attention(
             query, key, value, layout, routed=routed, paa_radius=config.paa_radius, combine=config.combine,
             text_to_condition=config.text_to_condition, backend=config.backend,

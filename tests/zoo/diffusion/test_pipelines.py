@@ -210,6 +210,62 @@ def test_a_model_may_train_after_inference_mode(method, tiny):
     assert any(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("tiny", [WAN, HUNYUAN, LTX, SD3, FLUX], ids=repr)
+@pytest.mark.parametrize("kind", ["two geometries", "validation between", "another step"])
+def test_blocks_computed_again_for_their_gradient_are_those_of_their_forward(tiny, kind):
+    method = "radial" if tiny in VIDEOS else "neighborhood"
+    grid, turned = ((5, 4, 4), (4, 5, 4)) if tiny in VIDEOS else ((5, 6), (6, 5))
+    inputs, turned, later = tiny.inputs(grid), tiny.inputs(turned), tiny.inputs(grid, timestep=0.1)
+
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        model = tiny.build(1)
+        with apply(method, model, dense_steps=1) as handle:
+            if checkpointing:
+                model.enable_gradient_checkpointing()
+            run = lambda x: model(**copy.deepcopy(x))[0].square().mean()  # noqa: E731
+            model.train(kind != "another step")
+            loss = run(inputs)
+            if kind == "two geometries":
+                loss = loss + run(turned)
+            elif kind == "validation between":
+                output(model.eval(), turned)
+                model.train()
+            else:
+                loss = loss + run(later)
+                assert handle.step == 1
+            loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    torch.testing.assert_close(gradients(True), gradients(False), atol=1e-6, rtol=1e-3)
+
+
+def test_a_backward_after_remove_is_refused_where_it_would_compute_again():
+    model, inputs = WAN.build(1), WAN.inputs(WAN.small)
+    model.enable_gradient_checkpointing()
+    with apply("radial", model):
+        loss = model.train()(**inputs)[0].square().mean()
+    with pytest.raises(ConfigError, match="apply_radial removed; call backward before remove"):
+        loss.backward()
+    model(**inputs)[0].square().mean().backward()  # of the stock model
+
+
+def test_two_handles_leave_the_checkpointing_of_a_model_as_it_was():
+    model, inputs = WAN.build(2), WAN.inputs(WAN.small)
+    model.train().enable_gradient_checkpointing()
+    before = model._gradient_checkpointing_func
+    with apply("radial", model) as handle:
+        layers = handle.layers
+    first = apply("radial", model, dense_layers=layers[1:])
+    second = apply("radial", model, dense_layers=layers[:1])
+    for _ in range(3):
+        model(**inputs)[0].square().mean().backward()
+    assert len(diffusion.handle.handles_of(model._gradient_checkpointing_func)) == 2
+    first.remove()
+    model(**inputs)[0].square().mean().backward()
+    second.remove()
+    assert model._gradient_checkpointing_func is before
+
+
 @pytest.mark.parametrize("tiny", [HUNYUAN, MOCHI, QWEN], ids=repr)
 @pytest.mark.parametrize("kept", [(0, 0), (7, 0), (3, 3), (7, 7), (1, 6)], ids=str)
 def test_any_padding_of_the_prompts_is_left_out(tiny, kept):

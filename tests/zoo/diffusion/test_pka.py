@@ -469,6 +469,18 @@ def test_a_solver_that_evaluates_a_time_twice_gets_the_same_masks():
     assert torch.equal(twice[0], twice[1]) and torch.equal(twice[2], twice[3])
 
 
+def test_a_block_computed_again_for_its_gradient_has_the_masks_of_its_step():
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        model = build_flux()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with diffusion.apply_pka(model, conditions=KINDS, keywords=[[2, 3]], epsilon=0.7):
+            sum(model(**conditioned(timestep=t))[0].square().mean() for t in (0.9, 0.6, 0.3)).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    torch.testing.assert_close(gradients(True), gradients(False), atol=1e-6, rtol=1e-4)
+
+
 def test_sizes_and_conditions_may_change_and_a_second_generation_equals_the_first():
     model = build_flux()
     with diffusion.apply_pka(model, conditions=KINDS, keywords=[[2]], epsilon=0.5):
