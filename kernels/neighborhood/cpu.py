@@ -204,9 +204,10 @@ def _attention(
         more, tokens = extra_k.shape[1], k.shape[1]
         k, v = torch.cat([k, extra_k], dim=1), torch.cat([v, extra_v], dim=1)
         bias = F.pad(bias, (0, more))
-        if keys.numel():
+        if tiles > 1 or keys.numel():
+            own = keys if keys.numel() else torch.arange(tokens)
             appended = torch.arange(tokens, tokens + more).expand(tiles, -1)
-            keys = torch.cat([keys.view(tiles, -1), appended], dim=1).flatten()
+            keys = torch.cat([own.view(tiles, -1), appended], dim=1).flatten()
     if shared > 1:
         k, v = (x.repeat_interleave(shared, 2) for x in (k, v))
 

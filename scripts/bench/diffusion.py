@@ -120,7 +120,7 @@ def processor_of(case: Case, layout: TokenLayout) -> Processor:
         "radial": (RadialProcessor, RadialConfig),
         "neighborhood": (NeighborhoodProcessor, NeighborhoodConfig),
     }[case.method]
-    return kind("layer", adapter, State(layout=layout), config(**case.settings))
+    return kind("layer", adapter, None, State(layout=layout), config(**case.settings))
 
 
 def one_block(case: Case, heads: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

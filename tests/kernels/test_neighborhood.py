@@ -29,8 +29,10 @@ def cut_into(size: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_tile_sizes", lambda axes: [min(size, a.length // a.dilation) for a in axes])
         cpu._plan.cache_clear()
-        yield
-    cpu._plan.cache_clear()
+        try:
+            yield
+        finally:
+            cpu._plan.cache_clear()
 
 
 @pytest.fixture
@@ -203,6 +205,20 @@ def windows(draw):
         length = draw(st.integers(kernel * dilation, longest))
         axes.append((length, kernel, dilation, draw(st.integers(1, kernel)), draw(st.booleans())))
     return tuple(zip(*axes, strict=True))
+
+
+def test_windows_that_tile_the_map_take_extra_keys_as_well():
+    """The keys of all tiles are then the tokens in order, but for the extra ones."""
+    q, k, v = inputs((12,))
+    more = [torch.randn(2, 3, 2, 8, dtype=torch.float64) for _ in range(2)]
+    with cut_into(2):
+        outs = [
+            ops.neighborhood_attention(
+                q, k, v, 2, stride=2, extra_k=more[0], extra_v=more[1], backend=backend
+            )
+            for backend in BACKENDS
+        ]
+    torch.testing.assert_close(*outs)
 
 
 @given(
