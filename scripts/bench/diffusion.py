@@ -211,18 +211,18 @@ def measure(case: Case, heads: int | None, device: torch.device, turns: int, pla
         return Row(case.name, layout.tokens, keep, share, heads)
 
     shape = (1, layout.tokens, heads, case.width)
-    query, key, value = (torch.randn(shape, device=device, dtype=dtype_of(device)) for _ in range(3))
+    inputs = [torch.randn(shape, device=device, dtype=dtype_of(device)) for _ in range(3)]
 
     def dense() -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x.transpose(1, 2) for x in inputs)
         return functional.scaled_dot_product_attention(q, k, v)
 
     def sparse() -> Tensor:
-        return processor.attend(query, key, value, layout, plan)
+        return processor.attend(*inputs, layout, plan)
 
     attention = fastest([dense, sparse], device, turns)
-    backend = config.chosen_backend(query, key, layout, plan)
-    del query, key, value
+    backend = config.chosen_backend(*inputs[:2], layout, plan)
+    inputs.clear()
     block = measure_block(case, heads, device, turns)
     return Row(case.name, layout.tokens, keep, share, heads, *attention, *block, backend)
 

@@ -282,7 +282,7 @@ def tune(cases: list[Case], results: Results) -> dict[str, configs.Config]:
                 config = configs.Config(*wish)
                 try:
                     with tile_sizes({kernel: config}):
-                        run = lambda: STEPS[step](lambda x: problem.run(x, "triton"), problem.leaves)  # noqa: B023, E731
+                        run = lambda: STEPS[step](lambda x: problem.run(x, "triton"), problem.leaves)  # noqa: B023, E731, F821
                         times[config] = milliseconds([run], seconds=0.05)["ms"]
                 except Exception as error:  # more shared memory than there is
                     print(f"{kernel} {wish}: {type(error).__name__}", flush=True)
