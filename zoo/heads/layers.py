@@ -32,14 +32,14 @@ class Decoder(nn.Module):
         """[B, channels, y, x] to logits [B, num_classes, y, x]."""
         return self.conv_seg(self.dropout(x))
 
-    def init_weights(self) -> None:
-        """Initialise as published: normal by the fan-out before ReLU, small weights for the classes."""
+    def init_weights(self, class_std: float = 0.01) -> None:
+        """Initialise as published: normal by the fan-out before ReLU, `class_std` for the classes."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.normal_(self.conv_seg.weight, std=class_std)
 
 
 def resize(x: Tensor, size: tuple[int, int] | Tensor, mode: str = "bilinear") -> Tensor:

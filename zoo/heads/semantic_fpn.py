@@ -47,7 +47,8 @@ class SemanticFPN(Decoder):
                 branch += [ConvBlock(channels, channels, 3, **factory)] if i else []
                 branch += [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)]
             self.scale_heads.append(nn.Sequential(*branch))
-        self.init_weights()
+        # Not the published 0.01: it takes hundreds of steps to grow, and until then little reaches the rest.
+        self.init_weights(class_std=channels**-0.5)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)]

@@ -160,6 +160,7 @@ class NAT(Backbone):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        _refuse_stages(cfg)
         dilations = _dilations(cfg)
         rates = drop_path_rates(drop_path_rate, cfg.depths)
         self.patch_embed = self.tokenizer(in_chans, cfg.dims[0], **factory)
@@ -326,6 +327,22 @@ class NATIsotropic(Backbone):
     def default_features(cfg: IsotropicConfig) -> tuple[int, ...]:
         """The blocks that `features_only` returns: the last three."""
         return tuple(range(cfg.depth - 3, cfg.depth))
+
+
+def _refuse_stages(cfg: NATConfig) -> None:
+    """Raise ConfigError where dims, depths and heads are not those of one pyramid."""
+    dims, counts = tuple(cfg.dims), {len(cfg.dims), len(cfg.depths), len(cfg.num_heads)}
+    doubled = tuple(dims[0] * 2**i for i in range(len(dims)))
+    if len(counts) > 1:
+        raise ConfigError(
+            f"dims={dims}, depths={tuple(cfg.depths)} and num_heads={tuple(cfg.num_heads)} must have one "
+            "number for each stage"
+        )
+    if dims != doubled:
+        raise ConfigError(f"dims={dims} must double from stage to stage, such as {doubled}")
+    for dim, heads in zip(dims, cfg.num_heads, strict=True):
+        if dim % heads:
+            raise ConfigError(f"num_heads={tuple(cfg.num_heads)}: {heads} does not divide the dim {dim}")
 
 
 def _dilations(cfg: NATConfig) -> Sequence[Sequence[int | str]]:

@@ -171,3 +171,16 @@ def test_hugging_face_names_become_the_published_ones():
     back = from_huggingface(theirs)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"dims": (32, 64, 96)}, r"dims=\(32, 64, 96\) must double .* such as \(32, 64, 128\)"),
+        ({"dims": (32, 64)}, "one number for each stage"),
+        ({"num_heads": (2, 4, 5)}, "5 does not divide the dim 96"),
+    ],
+)
+def test_stages_that_do_not_fit_are_named(wrong, words):
+    with pytest.raises(zoo.ConfigError, match=words):
+        zoo.create_model("nat_digits", **wrong)
