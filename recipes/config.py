@@ -49,8 +49,10 @@ def find_recipe(name: str | Path) -> Path:
         return Path(text)
     if text in recipe_names():
         return CONFIGS / f"{text}.yaml"
-    leaves = {known.rpartition("/")[2]: known for known in recipe_names()}
-    near = [leaves[leaf] for leaf in difflib.get_close_matches(text.rpartition("/")[2], leaves)]
+    folder, _, typed = text.rpartition("/")
+    leaves = difflib.get_close_matches(typed, {known.rpartition("/")[2] for known in recipe_names()})
+    near = [known for leaf in leaves for known in recipe_names() if known.endswith(f"/{leaf}")]
+    near = [known for known in near if known.startswith(f"{folder}/")] or near
     hint = f"did you mean {' or '.join(near)}?" if near else "`zoo recipes list` shows all"
     raise ConfigError(f"unknown recipe {text!r}; {hint} (a file of yours ends in .yaml)")
 

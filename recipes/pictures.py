@@ -137,3 +137,20 @@ def class_iou(classes: Sequence[str], values: Sequence[float | None], path: Path
     axes.axhline(mean, color="black", linewidth=0.8)
     axes.set(ylabel="IoU (%)", ylim=(0, 100), title=f"mean {mean:.2f} %")
     figure.savefig(path, dpi=120)
+
+
+# ---- generated images
+
+
+def tiles(images: np.ndarray, path: Path, *, columns: int, side: int = 48) -> None:
+    """Draw images uint8 [N, y, x, 1 or 3] in rows, small ones enlarged without blurring to about `side`."""
+    count, height, width, channels = images.shape
+    factor, gap = max(1, side // max(height, width)), 2
+    height, width = height * factor + gap, width * factor + gap
+    sheet = np.full((-(-count // columns) * height + gap, min(count, columns) * width + gap, 3), 64, np.uint8)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        y, x = row * height + gap, column * width + gap
+        large = image.repeat(factor, 0).repeat(factor, 1)
+        sheet[y : y + height - gap, x : x + width - gap] = large
+    Image.fromarray(sheet).save(path)

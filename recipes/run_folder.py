@@ -45,7 +45,7 @@ PACKAGES = (
 # What must be the same for a run to go on: the network, and what batch and step mean.
 FROZEN = (
     "task", "seed", "model.name", "model.num_classes", "model.args", "data.name", "data.batch_size",
-    "optim.name", "optim.ema", "optim.accumulate", "optim.layer_decay", "head",
+    "optim.name", "optim.ema", "optim.accumulate", "optim.layer_decay", "head", "diffusion", "data.vae",
 )  # fmt: skip
 
 

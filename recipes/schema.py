@@ -352,8 +352,118 @@ class SegmentationRecipe(Recipe):
             )
 
 
+# ---- generation
+
+
+def _generators() -> Sequence[str]:
+    from zoo import list_models
+
+    return list_models(task="generation")
+
+
+def _generation_sets() -> Sequence[str]:
+    from zoo.recipes.data import NAMES
+    from zoo.recipes.data.prompts import NAMES as PROMPTED
+
+    return (*NAMES, *PROMPTED)
+
+
+@dataclass(kw_only=True)
+class GenerationModel(Model):
+    """The network; `num_classes` follows from the data."""
+
+    name: str = choice("???", _generators, slow=True)
+
+
+@dataclass(kw_only=True)
+class GenerationData(AnyData):
+    """Images of one class each, or with a prompt each; `image_size` None follows from the model."""
+
+    local = ("digits", "digit_pairs", "folder", "prompts")
+
+    name: str = choice("???", _generation_sets)
+    vae: str | None = None  # a folder of a diffusers AutoencoderKL; None: the model sees pixels
+    cache: str | None = None  # folder of the latents; None: latents/ beside the run folders
+
+
+@dataclass(kw_only=True)
+class GenerationAugment:
+    """Changes to training images, few: what is learned is what they look like."""
+
+    hflip: float = number(0.0, low=0, high=1)
+
+
+@dataclass(kw_only=True)
+class Diffusion:
+    """What is predicted and at which times; t = 1 is noise and t = 0 the image."""
+
+    objective: str = choice("rectified_flow", ("rectified_flow", "ddpm_epsilon", "ddpm_v"))
+    noise_schedule: str = choice("linear", ("linear", "cosine"))  # of DDPM
+    times: str = choice("logit_normal", ("uniform", "logit_normal", "mode", "csas"))
+    times_mean: float | None = number(None)  # of logit_normal (0) and csas (0.5); above 0 prefers noise
+    times_std: float | None = number(None, above=0)  # of logit_normal (1) and csas (1.5)
+    mode_scale: float = number(1.29, low=-1, high=1.75)  # of mode; outside, times would run backwards
+    shift: float = number(1.0, above=0, high=100)  # above 1 moves times of flow to noise, for large images
+    min_snr: float | None = number(None, above=0)  # published 5
+    drop_condition: float = number(0.1, low=0, high=1)  # how often training hides the class or prompt
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """How images are made for pictures during training, and what is measured of them at its end."""
+
+    sampler: str = choice("euler", ("euler", "heun", "dpm", "unipc", "ddim", "ddpm"))
+    steps: int = number(25, low=1, high=1000)
+    guidance: list[float] = number([2.0], low=0)  # each is measured; pictures have the first
+    interval: list[float] = number([0.0, 1.0], low=0, high=1, length=2)  # times at which there is guidance
+    shown: int = number(80, low=1, high=400)  # images in a picture
+    count: int = number(500, low=0)  # images measured for each guidance; 0: none
+    batch: int = number(100, low=1)
+    seed: int = number(0, low=0, high=2**31 - 1)
+    judge: str | None = None  # a classifier, as `zoo eval` takes it, that says which class an image shows
+    features: str | None = None  # a classifier for FID and KID; None: the judge
+
+
+@dataclass(kw_only=True)
+class GenerationRecipe(Recipe):
+    """A training run of a diffusion transformer."""
+
+    task: str = choice("generation", lambda: tuple(RECIPES))
+    model: GenerationModel = field(default_factory=GenerationModel)
+    data: GenerationData = field(default_factory=GenerationData)
+    augment: GenerationAugment = field(default_factory=GenerationAugment)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def refuse(self) -> None:
+        refuse_disorder("sampling.interval", self.sampling.interval)
+        flow = self.diffusion.objective == "rectified_flow"
+        if flow and self.sampling.sampler in ("ddim", "ddpm"):
+            raise ConfigError(
+                f"sampling.sampler={self.sampling.sampler} is not for diffusion.objective=rectified_flow; "
+                "use euler, heun, dpm or unipc"
+            )
+        if not flow and self.diffusion.shift != 1:
+            raise ConfigError(
+                f"diffusion.shift={self.diffusion.shift} is for diffusion.objective=rectified_flow"
+            )
+        if not self.sampling.guidance:
+            raise ConfigError("sampling.guidance is empty; [1.0] is none")
+        if not self.diffusion.drop_condition and any(each != 1 for each in self.sampling.guidance):
+            raise ConfigError(
+                "guidance needs a model that knows images of no class: set diffusion.drop_condition=0.1, or "
+                "sampling.guidance=[1.0]"
+            )
+        if self.optim.layer_decay is not None:
+            raise ConfigError("optim.layer_decay is for backbones; leave it out")
+        if self.model.drop_path_rate is not None:
+            raise ConfigError("model.drop_path_rate is for backbones; leave it out")
+
+
 # The task comes first in a file, so that it is known which of these the file fills.
-RECIPES: dict[str, type[Recipe]] = {"classification": Recipe, "segmentation": SegmentationRecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "classification": Recipe, "segmentation": SegmentationRecipe, "generation": GenerationRecipe,
+}  # fmt: skip
 
 
 def refuse_disorder(key: str, pair: list[float] | None) -> None:

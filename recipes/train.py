@@ -80,10 +80,10 @@ def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunR
     content = _check_resume(made, checkpoint, classes) if checkpoint is not None else None
     for note in (*train_images.notes, *val_images.notes):
         say(f"note: {made.conceal(note)}")
-    objective = task.objective(made, len(classes))
+    objective = task.objective(made, classes)
     reseed(made.seed, "weights")
     model = task.build_model(made, len(classes))
-    settings = InputSettings.of(model, made.data)
+    settings = task.settings(made, model)
     bad_images = BadImages(made.data.max_bad, folder / "bad_files.txt")
     loader, val_loader = _loaders(made, task, settings, train_images, val_images, bad_images)
     objective.refuse(loader)

@@ -7,6 +7,7 @@ in `checkpoints`, so that no task can lose it.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -101,6 +102,9 @@ class Training(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.result = self.objective.compute()
+        where, step = Path(self.trainer.default_root_dir), self.trainer.global_step
+        first = self.trainer.is_global_zero
+        self.result |= self.objective.show(self.result_model, where, step, first=first)
         self.write(self.trainer.global_step, **self.result)
 
     def write(self, step: int, **values: float) -> None:

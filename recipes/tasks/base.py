@@ -36,6 +36,13 @@ class Objective(nn.Module, ABC):
     def compute(self) -> dict[str, float]:
         """Return the metrics of all validation batches since the last call, by the names of the task."""
 
+    def show(self, model: nn.Module, folder: Path, step: int, *, first: bool) -> dict[str, float]:
+        """Look at the network after a validation, leaving pictures if this is the `first` process.
+
+        Returns further metrics. It must not draw from the global random state.
+        """
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(ABC):
@@ -97,12 +104,16 @@ class Task(ABC):
 
         return build_backbone(recipe, num_classes)
 
+    def settings(self, recipe: Recipe, model: nn.Module) -> InputSettings:
+        """Return what the network sees of an image."""
+        return InputSettings.of(model, recipe.data)
+
     @abstractmethod
     def transforms(self, recipe: Recipe, settings: InputSettings) -> tuple[JointTransform, JointTransform]:
         """Return what becomes of image and target in training and in validation."""
 
     @abstractmethod
-    def objective(self, recipe: Recipe, num_classes: int) -> Objective:
+    def objective(self, recipe: Recipe, classes: Sequence[str]) -> Objective:
         """Return loss and metrics."""
 
     @abstractmethod

@@ -157,8 +157,8 @@ class ClassificationTask(base.Task):
     def transforms(self, recipe: Recipe, settings: InputSettings) -> tuple[JointTransform, JointTransform]:
         return ImageOnly(train_transform(settings, recipe.augment)), ImageOnly(eval_transform(settings))
 
-    def objective(self, recipe: Recipe, num_classes: int) -> Classification:
-        return Classification(recipe, num_classes)
+    def objective(self, recipe: Recipe, classes: Sequence[str]) -> Classification:
+        return Classification(recipe, len(classes))
 
     def other_images(self, trained: Trained, recipe: Recipe, data: str | Path) -> Images:
         if str(data) == "digits":

@@ -271,8 +271,8 @@ class SegmentationTask(base.Task):
     ) -> tuple[JointTransform, JointTransform]:
         return JointTraining(settings, recipe.augment, recipe.data.max_side), _views(recipe, settings)
 
-    def objective(self, recipe: SegmentationRecipe, num_classes: int) -> Segmentation:
-        return Segmentation(recipe, num_classes)
+    def objective(self, recipe: SegmentationRecipe, classes: Sequence[str]) -> Segmentation:
+        return Segmentation(recipe, len(classes))
 
     def other_images(self, trained: Trained, recipe: SegmentationRecipe, data: str | Path) -> Images:
         if str(data) == "digit_scenes":

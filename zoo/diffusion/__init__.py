@@ -26,6 +26,7 @@ from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
 from zoo.diffusion.pka import PKAConfig, apply_group_mask, apply_pka
 from zoo.diffusion.radial import RadialConfig, apply_radial_attention
+from zoo.diffusion.sampling import ImagePipeline, make_scheduler, sample
 from zoo.diffusion.transformers import DiTModel, MMDiTModel, VideoDiTModel
 from zoo.layers.pka import (
     ConditionCache,
@@ -47,6 +48,7 @@ __all__ = [
     "ConditionCache",
     "DiTModel",
     "Handle",
+    "ImagePipeline",
     "KeywordState",
     "MMDiTModel",
     "NeighborhoodConfig",
@@ -66,11 +68,13 @@ __all__ = [
     "find_keywords",
     "group_attention",
     "keyword_routing",
+    "make_scheduler",
     "pka_attention",
     "radial_block_mask",
     "radial_token_mask",
     "relation_mask",
     "relation_pairs",
+    "sample",
     "supported",
 ]
 

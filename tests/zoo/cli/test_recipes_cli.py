@@ -182,7 +182,7 @@ def test_predict_refuses_in_one_line(zoo, home):
 
 
 def test_recipes_are_listed_with_what_they_say(zoo):
-    status, out, err = zoo("recipes", "list", "*digits")
+    status, out, err = zoo("recipes", "list", "class*/digits")
     assert status == 0 and len(out) == 1
     assert out[0].startswith("classification/digits") and "handwritten digits" in out[0]
     refused(zoo("recipes", "list", "nonesuch*"), 2, "no recipe matches")
