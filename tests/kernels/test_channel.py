@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,6 +68,25 @@ def test_tokens_may_lie_on_any_grid_in_any_order():
     torch.testing.assert_close(moved, flat[:, order])
     views = [x.transpose(1, 2) for x in (q, k, v)]
     torch.testing.assert_close(ops.channel_attention(*views), flat.unflatten(1, (3, 4)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+def test_on_a_cpu_no_weight_is_subnormal(dtype, training):
+    """Products with such numbers are ten times slower; logits of many tokens make them."""
+    tiny = torch.finfo(dtype).tiny
+    width = 32
+    # One token for each channel: k and v pick channels out, so that the output is the matrix of weights.
+    logits = torch.linspace(0.0, 1.04 * math.log(tiny), width, dtype=dtype)
+    one_hot = torch.eye(width, dtype=dtype)[None, :, None]  # [B, N, H, D]
+    q = logits[None, :, None, None].repeat(1, 1, 1, width).requires_grad_(training)
+    out = ops.channel_attention(q, one_hot, one_hot, scale=1.0, backend="cpu")
+    assert not ((out > 0) & (out < tiny)).any()
+    slow = ops.channel_attention(q, one_hot, one_hot, scale=1.0, backend="reference")
+    assert ((slow > 0) & (slow < tiny)).any(), "these logits make subnormal weights"
+    torch.testing.assert_close(out, slow, atol=tiny, rtol=1e-6)
+    if training:
+        assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
