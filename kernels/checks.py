@@ -11,7 +11,13 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def same_kind(**tensors: Tensor | None) -> list[Tensor | None]:
-    """Return the tensors in the dtype of the call: the first one's, or autocast's where that is at work.
+    """Return the tensors in the dtype of the call, see `dtype_of_call`."""
+    dtype = dtype_of_call(**tensors)
+    return [None if x is None else x.to(dtype) for x in tensors.values()]
+
+
+def dtype_of_call(**tensors: Tensor | None) -> torch.dtype:
+    """Return the first tensor's dtype, or autocast's where that is at work.
 
     The arguments are named as in the operation, which the errors repeat. Raises: ValueError for a tensor of
     another device, of another dtype without autocast, or of a dtype that is no floating point number.
@@ -27,7 +33,7 @@ def same_kind(**tensors: Tensor | None) -> list[Tensor | None]:
             raise ValueError(f"{name} must be on {first}'s device {lead.device}, found {x.device}")
         if x.dtype != lead.dtype and not mixed:
             raise ValueError(f"{name} must have {first}'s dtype {lead.dtype}, found {x.dtype}")
-    return [None if x is None else x.to(dtype) for x in tensors.values()]
+    return dtype
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -52,3 +58,17 @@ def autocasts(x: Tensor) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A block in which autocast does not change dtypes: those of the call are settled."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
+
+
+def per_image(name: str, x: Tensor, of: Tensor) -> Tensor:
+    """Return [B, C] of a condition [B, C] for `of` [B, *tokens, C]; axes of one token may lie between.
+
+    Raises: ValueError for another shape.
+    """
+    batch, channels = of.shape[0], of.shape[-1]
+    if x.ndim < 2 or tuple(x.shape) != (batch, *(1,) * (x.ndim - 2), channels):
+        raise ValueError(
+            f"{name} must be [{batch}, {channels}], also with axes of one token between, "
+            f"found {tuple(x.shape)}"
+        )
+    return x.reshape(batch, channels)

@@ -17,10 +17,16 @@ from zoo.kernels.channel.op import channel_attention
 from zoo.kernels.deformable import op as _deformable
 from zoo.kernels.deformable.op import deformable_attention, deformable_sample
 from zoo.kernels.dispatch import Availability, Explanation, backends, current_backend, use_backend
+from zoo.kernels.gated_residual import op as _gated_residual
+from zoo.kernels.gated_residual.op import gated_residual
 from zoo.kernels.merge.op import merge_attentions
+from zoo.kernels.modulated_norm import op as _modulated_norm
+from zoo.kernels.modulated_norm.op import modulated_norm
 from zoo.kernels.neighborhood import op as _neighborhood
 from zoo.kernels.neighborhood.natten import na1d, na2d, na3d
 from zoo.kernels.neighborhood.op import neighborhood_attention, neighborhood_indices
+from zoo.kernels.rotary_norm import op as _rotary_norm
+from zoo.kernels.rotary_norm.op import rotary_norm
 from zoo.kernels.window import op as _window
 from zoo.kernels.window.op import window_attention
 
@@ -32,7 +38,10 @@ _EXPLAIN = {
     "channel_attention": _channel.explain,
     "deformable_attention": _deformable.explain_attention,
     "deformable_sample": _deformable.explain_sample,
+    "gated_residual": _gated_residual.explain,
+    "modulated_norm": _modulated_norm.explain,
     "neighborhood_attention": _neighborhood.explain,
+    "rotary_norm": _rotary_norm.explain,
     "window_attention": _window.explain,
 }
 
@@ -50,13 +59,16 @@ __all__ = [
     "deformable_attention",
     "deformable_sample",
     "explain",
+    "gated_residual",
     "merge_attentions",
+    "modulated_norm",
     "na1d",
     "na2d",
     "na3d",
     "neighborhood_attention",
     "neighborhood_indices",
     "region_means",
+    "rotary_norm",
     "route",
     "use_backend",
     "window_attention",

@@ -177,9 +177,7 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
     """Sums over the tokens of x_d y_e, in shares: [B, H, splits, D, E]."""
     batch, tokens, heads, _ = x.shape
     chosen = config(x, y)
-    wanted = max(1, PROGRAMS // max(1, batch * heads))
-    share = max(1, -(-tokens // (wanted * chosen.queries))) * chosen.queries
-    splits = max(1, -(-tokens // share))
+    share, splits = launch.shares(tokens, chosen.queries, PROGRAMS // max(1, batch * heads))
     sums = torch.promote_types(x.dtype, torch.float32)
     shares = x.new_empty(batch, heads, splits, x.shape[-1], y.shape[-1], dtype=sums)
     launch.launch(

@@ -245,5 +245,5 @@ def _constants(x: Tensor, positions: Tensor) -> dict[str, object]:
     return {
         "WIDTH": width,
         "BLOCK": min(CHANNELS, triton.next_power_of_2(width)),
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "ACC": launch.accumulator(x),
     }

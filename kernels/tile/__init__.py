@@ -8,6 +8,7 @@ says whether they can run.
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -24,6 +25,14 @@ WIDEST = 256  # channels of a head
 @torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Say why no Triton kernel can run on this machine, None where one can."""
+    reason = _missing_package()
+    if reason is None and not (_interpreted() or torch.cuda.is_available()):
+        return "no GPU that PyTorch can use; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests only"
+    return reason
+
+
+@cache  # a look through the installed packages takes longer than many a small call
+def _missing_package() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     try:
@@ -33,8 +42,6 @@ def missing() -> str | None:
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if numbers and numbers < OLDEST:
         return f"triton {'.'.join(map(str, OLDEST))} or newer is needed, found {found}"
-    if not (_interpreted() or torch.cuda.is_available()):
-        return "no GPU that PyTorch can use; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests only"
     return None
 
 
@@ -42,6 +49,11 @@ def why_not(q: Tensor, v: Tensor) -> str | None:
     """Say why the template cannot take these tensors, None where it can."""
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
         return f"heads of more than {WIDEST} channels, found {max(q.shape[-1], v.shape[-1])}"
+    return why_not_here(q)
+
+
+def why_not_here(q: Tensor) -> str | None:
+    """Say why no Triton kernel can take a tensor of this dtype where it is, None where one can."""
     wanted = "cpu" if _interpreted() else "cuda"
     if q.device.type != wanted:
         return f"the tensors are on {q.device}" + (", TRITON_INTERPRET=1 is set" if wanted == "cpu" else "")

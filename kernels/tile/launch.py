@@ -238,8 +238,19 @@ def constants(q: Tensor, v: Tensor) -> dict[str, Any]:
         "PD": _padded(q.shape[-1]),
         "PDV": _padded(v.shape[-1]),
         "PREC": precision,
-        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
+        "ACC": accumulator(q),
     }
+
+
+def accumulator(x: Tensor) -> tl.dtype:
+    """What sums over numbers of this kind are in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def shares(tokens: int, tile: int, programs: int) -> tuple[int, int]:
+    """Tokens of a share, whole tiles, and how many shares, such that about so many programs have one."""
+    share = max(1, -(-tokens // (max(1, programs) * tile))) * tile
+    return share, max(1, -(-tokens // share))
 
 
 def exact(number: float) -> tuple[float, float]:

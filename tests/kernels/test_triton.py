@@ -18,7 +18,10 @@ FILES = sorted(path.stem for path in (TESTS / "interpret").glob("test_*.py"))
 LONG = ("test_block_sparse", "test_neighborhood")  # each in a process of its own, the others in one
 PARTS = [*((name,) for name in LONG), tuple(name for name in FILES if name not in LONG)]
 NAMES = [*LONG, "the others"]
-QUICK = ("agent", "aligned", "bilevel", "channel", "deformable", "sanitizer", "window")
+QUICK = (
+    "agent", "aligned", "bilevel", "channel", "deformable", "gated_residual", "modulated_norm",
+    "rotary_norm", "sanitizer", "window",
+)  # fmt: skip
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 

@@ -60,7 +60,10 @@ CASES = {
         {"q": "B N N H D", "k": "B M H D", "v": "B M H D", "positions": "B G M 2", "table": "H N N"}
     ),
     "deformable_sample": Case({"x": "B N N C", "positions": "B G M 2"}),
+    "gated_residual": Case({"x": "B N C", "y": "B N C", "gate": "B G C"}),
+    "modulated_norm": Case({"x": "B N C", "scale": "B G C", "shift": "B G C"}),
     "neighborhood_attention": Case(MAPS, {"kernel_size": 3}),
+    "rotary_norm": Case({"x": "B N H D", "weight": "D"}),
     "window_attention": Case(MAPS, {"window_size": 3, "shift": 1}),
 }
 RUNNABLE = [
@@ -127,7 +130,7 @@ def test_r40_an_image_without_numbers_leaves_the_others_alone(op, backend, bad):
     torch.testing.assert_close(call(op, damaged, backend)[0], expected[0])
 
 
-@pytest.mark.parametrize(("op", "backend"), [pair for pair in RUNNABLE if pair[0] != "deformable_sample"])
+@pytest.mark.parametrize(("op", "backend"), [pair for pair in RUNNABLE if "q" in CASES[pair[0]].tensors])
 @pytest.mark.parametrize("factor", [50, 300])
 def test_r40_large_logits_stay_finite_and_right(op, backend, factor):
     exact = {name: x.double() for name, x in CASES[op].inputs().items()}
@@ -196,7 +199,10 @@ def test_r41_however_a_tensor_lies_in_memory_it_counts_the_same(op, backend):
     tensors = CASES[op].inputs()
     expected = call(op, tensors, backend)
     strided = {name: torch.stack([x, x + 1], dim=-1)[..., 0] for name, x in tensors.items()}
-    swapped = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
+    swapped = {
+        name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim > 2 else x
+        for name, x in tensors.items()
+    }
     offset = {
         name: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for name, x in tensors.items()
     }
@@ -253,8 +259,9 @@ def test_r44_under_autocast_the_result_is_in_its_dtype_and_gradients_in_the_leav
     tensors = leaves(CASES[op].inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = call(op, tensors, backend)
-    # Sampling between tokens is no product of matrices: it keeps its precision, as in PyTorch.
-    assert out.dtype == (torch.float32 if op == "deformable_sample" else torch.bfloat16)
+    # Sampling between tokens and sums are no products of matrices: they keep their precision, as in PyTorch.
+    kept = op in ("deformable_sample", "gated_residual")
+    assert out.dtype == (torch.float32 if kept else torch.bfloat16)
     truth = call(op, tensors, "reference")
     torch.testing.assert_close(out.float(), truth, rtol=0.05, atol=0.05)
     assert {gradient.dtype for gradient in gradients(out, tensors).values()} == {torch.float32}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from zoo import ops
 from zoo.attention.global_attention import GlobalAttention
 from zoo.errors import ConfigError, IntegrityError
 from zoo.registry import register_generators
@@ -126,16 +127,15 @@ class DiTBlock(Block):
 
     def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = Modulation(dim, 6)
 
     def forward(self, x: Tensor, condition: Tensor, *context: Any) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = self.adaLN_modulation(condition, x.ndim - 2)
-        x = x + gate * self.processor(self.attn, self.norm1(x) * (1 + scale) + shift, *context)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        attended = self.processor(self.attn, ops.modulated_norm(x, scale, shift), *context)
+        x = ops.gated_residual(x, attended, gate)
+        return ops.gated_residual(x, self.mlp(ops.modulated_norm(x, scale2, shift2)), gate2)
 
 
 class FinalLayer(nn.Module):
@@ -143,13 +143,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = Modulation(dim, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition, x.ndim - 2)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        return self.linear(ops.modulated_norm(x, scale, shift))
 
 
 class PatchEmbed(nn.Module):

@@ -33,7 +33,7 @@ from zoo.models.dit import (
     per_sample,
     run_block,
 )
-from zoo.models.video_dit import check_attention, clamp_window, rotate, window_mask
+from zoo.models.video_dit import check_attention, clamp_window, window_mask
 from zoo.registry import register_generators
 
 ATTENTIONS = ("global", "neighborhood")
@@ -49,6 +49,9 @@ class MMDiTConfig:
     depth: int
     hidden_size: int
     num_heads: int
+    in_channels: int = 16
+    text_dim: int = 768
+    pooled_dim: int = 768
 
 
 class Stream(nn.Module):
@@ -57,28 +60,25 @@ class Stream(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.norm_q, self.norm_k = (nn.RMSNorm(dim // num_heads, eps=1e-6) for _ in range(2))
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = Modulation(dim, 6)
 
     def before(self, x: Tensor, condition: Tensor, angles: Angles | None) -> tuple[QKV, tuple[Tensor, ...]]:
         """Queries, keys and values [B, N, H, D], and the modulation that `after` needs."""
         modulation = self.adaLN_modulation(condition, 1)
-        x = self.norm1(x) * (1 + modulation[1]) + modulation[0]
+        x = ops.modulated_norm(x, scale=modulation[1], shift=modulation[0])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q, k = self.norm_q(q), self.norm_k(k)
-        if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+        turns = () if angles is None else angles
+        q, k = (ops.rotary_norm(y, norm.weight, *turns) for y, norm in ((q, self.norm_q), (k, self.norm_k)))
         return (q, k, v), modulation
 
     def after(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Residuals of attention [B, N, H, D] and MLP."""
         _, _, gate, shift, scale, gate2 = modulation
-        x = x + gate * self.proj(attended.flatten(2))
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale) + shift)
+        x = ops.gated_residual(x, self.proj(attended.flatten(2)), gate)
+        return ops.gated_residual(x, self.mlp(ops.modulated_norm(x, scale, shift)), gate2)
 
 
 class JointAttention(nn.Module):
@@ -328,7 +328,7 @@ class MMDiT(nn.Module):
 
 
 def angles_of(grid: tuple[int, int], width: int, device: torch.device, *, shift: int = 0) -> Angles:
-    """Cosines and sines of every place, [N, 1, D / 2]: half of the channels turns with each axis."""
+    """Cosines and sines of every place, [N, D / 2]: half of the channels turns with each axis."""
     count = width // 4
     omega = 10_000.0 ** (-torch.arange(count, dtype=torch.float32, device=device) / count)
     row, column = (
@@ -338,7 +338,7 @@ def angles_of(grid: tuple[int, int], width: int, device: torch.device, *, shift:
     rows, columns = grid
     angle = torch.cat(
         [row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=-1
-    ).flatten(0, 1)[:, None]
+    ).flatten(0, 1)
     return angle.cos(), angle.sin()
 
 
@@ -348,6 +348,10 @@ VARIANTS = {
         "s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (24, 1536, 24)
     }.items()
 }  # fmt: skip
+# Ours, for pictures of two handwritten digits and prompts of a few words.
+VARIANTS["mmdit_digits"] = MMDiTConfig(
+    depth=4, hidden_size=96, num_heads=4, in_channels=1, text_dim=64, pooled_dim=64
+)
 register_generators(
     MMDiT, VARIANTS, paper="arXiv:2403.03206, arXiv:2602.06850", attention="global, neighborhood, PKA"
 )

@@ -82,7 +82,8 @@ class VideoAttention(nn.Module):
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [B, T, Y, X, H, D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        return rotate(self.norm_q(q), *rotary), rotate(self.norm_k(k), *rotary), v
+        q, k = (ops.rotary_norm(y, norm.weight, *rotary) for y, norm in ((q, self.norm_q), (k, self.norm_k)))
+        return q, k, v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, lists: ops.BlockList | None) -> Tensor:
         """Attend over the grid; all [B, T, Y, X, H, D]."""
@@ -289,7 +290,7 @@ def window_mask(grid: tuple[int, ...], given: Mapping[str, Any]) -> Tensor:
 
 
 def rotary_of(grid: tuple[int, int, int], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every place, [T, Y, X, 1, D / 2]: a third of the channels turns with each axis."""
+    """Cosines and sines of every place, [T, Y, X, D / 2]: a third of the channels turns with each axis."""
     pairs = width // 2
     parts = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     angles = []
@@ -299,15 +300,8 @@ def rotary_of(grid: tuple[int, int, int], width: int, device: torch.device) -> t
         shape = [1, 1, 1, count]
         shape[axis] = length
         angles.append(place.view(shape).expand(*grid, count))
-    angle = torch.cat(angles, dim=-1)[..., None, :]
+    angle = torch.cat(angles, dim=-1)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels of [B, T, Y, X, H, D] by their angles."""
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.flatten(-2).type_as(x)
 
 
 VARIANTS = {

@@ -1,0 +1,1 @@
+"""A residual that a condition gates."""

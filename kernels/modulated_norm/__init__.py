@@ -1,0 +1,1 @@
+"""A norm whose result a condition scales and shifts."""

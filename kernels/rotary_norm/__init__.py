@@ -1,0 +1,1 @@
+"""Norm and rotary positions of queries and keys."""

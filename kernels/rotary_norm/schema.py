@@ -1,0 +1,77 @@
+"""Norm and rotary positions as one opaque operator: what torch.compile, export and autograd see of a backend.
+
+The backend was chosen by the caller and goes along as a name, so that the backward pass and recomputation
+take the same.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("zoo::rotary_norm", mutates_args=())
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Return the output [B, N, H, D] in `dtype`."""
+    return _implementation(backend).forward(x, weight, cos, sin, eps, dtype)
+
+
+@forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("zoo::rotary_norm_backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    """Return the gradient of x and, where there is a weight, its gradient."""
+    return _implementation(backend).backward(grad, x, weight, cos, sin, eps)
+
+
+@backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> list[Tensor]:
+    return [part.new_empty(part.shape) for part in (x, weight) if part is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.eps, _, ctx.backend = inputs[4:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx, *dweight = backward(grad, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    return dx, dweight[0] if dweight else None, None, None, None, None, None
+
+
+forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _implementation(backend: str) -> Any:
+    # Triton is imported by the first call that runs it, never with the package.
+    return import_module(f"zoo.kernels.rotary_norm.{backend}")
