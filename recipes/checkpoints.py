@@ -57,9 +57,11 @@ class Checkpoints(pl.Callback):
         monitor: str,
         save_every: int,
         keep_best: int,
+        patience: int | None = None,
     ) -> None:
         self.folder, self.loader, self.facts, self.monitor = folder, loader, facts, monitor
-        self.save_every, self.keep_best = save_every, keep_best
+        self.save_every, self.keep_best, self.patience = save_every, keep_best, patience
+        self.waited = 0  # validations since the best one
         self.ranking: list[dict[str, float]] = []  # the best validations, best first: score, loss, epoch
         self.step = 0
         self.signal: int | None = None
@@ -71,6 +73,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.step = trainer.global_step
+        self._stop_waiting(trainer)  # a run that had waited long enough does not begin again
         # Lightning's own handler ends a run between any two batches, with status 0 and nothing saved;
         # its teardown puts back what was there before.
         if threading.current_thread() is threading.main_thread():
@@ -112,6 +115,8 @@ class Checkpoints(pl.Callback):
             }
             self.ranking.append(score)
             self.ranking.sort(key=lambda each: (-each["score"], each["loss"]))
+            self.waited = 0 if score is self.ranking[0] else self.waited + 1
+            self._stop_waiting(trainer)
         dropped = self.ranking[self.keep_best :]
         del self.ranking[self.keep_best :]
         names = [LAST]
@@ -125,6 +130,10 @@ class Checkpoints(pl.Callback):
                 link_atomically(self.folder / names[0], self.folder / name)
             for each in dropped:
                 (self.folder / self._ranked(each)).unlink(missing_ok=True)
+
+    def _stop_waiting(self, trainer: pl.Trainer) -> None:
+        if self.patience is not None and self.waited >= self.patience:
+            trainer.should_stop = True
 
     def _ranked(self, score: dict[str, float]) -> str:
         return f"epoch-{score['epoch']:04.0f}.ckpt"
@@ -146,10 +155,10 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ranking": self.ranking}
+        return {"ranking": self.ranking, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ranking = state["ranking"]
+        self.ranking, self.waited = state["ranking"], state.get("waited", 0)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]

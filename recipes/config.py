@@ -362,6 +362,7 @@ def _wanted(key: str, root: type[Recipe]) -> str:
         type(None): "null",
     }
     words |= {list[float]: "a list of numbers, such as [0.5, 1.0]", list[int]: "a list of whole numbers"}
+    words |= {list[str]: "a list of texts"}
     words |= {dict[str, Any]: "a group of keys"}
     kinds = typing.get_args(kind) if typing.get_origin(kind) not in (list, dict, None) else (kind,)
     return " or ".join(words.get(each, "of the right kind") for each in kinds)
@@ -446,6 +447,13 @@ def _check_together(made: Recipe) -> None:
     epochs = optim.epochs + optim.cooldown_epochs
     if made.trainer.val_every > epochs:
         raise ConfigError(f"trainer.val_every={made.trainer.val_every} is more than all {epochs} epochs")
+    if model.probe is not None and made.task != "classification":
+        raise ConfigError(
+            f"model.probe={model.probe} is for classification; model.freeze=[backbone] trains a decoder on a "
+            "frozen backbone"
+        )
+    if model.probe is not None and model.freeze:
+        raise ConfigError("model.probe freezes the network already; leave model.freeze out")
     if model.pretrained and model.checkpoint is not None:
         raise ConfigError("model.pretrained and model.checkpoint are both given; choose one start")
     if data.download and data.name in data.local:

@@ -28,11 +28,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from zoo.errors import ConfigError, IntegrityError, did_you_mean
+from zoo.errors import ConfigError, IntegrityError, ResourceError, did_you_mean
 from zoo.recipes.config import build, check, environment_names, parse
 from zoo.recipes.data.transforms import InputSettings
 from zoo.recipes.files import load_checkpoint, write_atomically
-from zoo.recipes.schema import Recipe, pick, put
+from zoo.recipes.schema import TIMM, Recipe, pick, put
 from zoo.recipes.tasks import task_of
 
 RUNS = Path("runs")
@@ -44,7 +44,8 @@ PACKAGES = (
 
 # What must be the same for a run to go on: the network, and what batch and step mean.
 FROZEN = (
-    "task", "seed", "model.name", "model.num_classes", "model.args", "data.name", "data.batch_size",
+    "task", "seed", "model.name", "model.num_classes", "model.args", "model.freeze", "model.probe",
+    "data.name", "data.batch_size", "data.balance",
     "optim.name", "optim.ema", "optim.accumulate", "optim.layer_decay", "head", "diffusion", "data.vae",
 )  # fmt: skip
 
@@ -197,20 +198,46 @@ def build_backbone(made: Recipe, num_classes: int) -> nn.Module:
     a wrong argument, IntegrityError for weights that do not fit.
     """
     from zoo import create_model, list_models
+    from zoo.heads.probe import AttentiveProbe, freeze_all_but_classifier
     from zoo.weights.loader import read_pretrained
 
     part = made.model
-    arguments = dict(part.args)
+    arguments = {**part.args, "num_classes": 0 if part.probe == "attentive" else num_classes}
     if part.drop_path_rate is not None:
         arguments["drop_path_rate"] = part.drop_path_rate
     path = part.checkpoint
     if path is not None and path in list_models(task="classification"):
         path = read_pretrained(path)[1]
-    model = create_model(
-        part.name, pretrained=part.pretrained, checkpoint_path=path, num_classes=num_classes, **arguments
-    )
+    if part.name.startswith(TIMM):
+        model = _from_timm(part.name.removeprefix(TIMM), part.pretrained, path, arguments)
+    else:
+        model = create_model(part.name, pretrained=part.pretrained, checkpoint_path=path, **arguments)
     if part.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    if part.probe == "attentive":
+        return AttentiveProbe(model, num_classes)
+    return freeze_all_but_classifier(model) if part.probe == "linear" else model
+
+
+def _from_timm(name: str, pretrained: bool, path: str | None, arguments: dict[str, Any]) -> nn.Module:
+    """Return a model of timm's own. Raises ConfigError, ResourceError where its weights cannot be fetched."""
+    import timm
+
+    from zoo import load_checkpoint
+
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"timm refuses {TIMM}{name}: {' '.join(str(error).split())[:200]}") from None
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise ResourceError(
+            f"timm's weights of {name} cannot be fetched ({' '.join(str(error).split())[:160]}); download "
+            "them and give model.checkpoint=FILE"
+        ) from None
+    if path is not None:
+        load_checkpoint(model, path)
     return model
 
 

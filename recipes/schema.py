@@ -20,6 +20,9 @@ PRECISIONS = (
 )  # fmt: skip
 
 
+TIMM = "timm/"  # in front of the name of a model of timm's own
+
+
 # Constraints live beside the field they belong to, so that the check and its test find them by introspection.
 def number(
     default: Any, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf, length: int = 0
@@ -42,9 +45,11 @@ def notation(default: Any, is_right: Callable[[str], bool], wanted: str) -> Any:
 
 
 def _models() -> Sequence[str]:
+    import timm
+
     from zoo import list_models
 
-    return list_models(task="classification")
+    return [*list_models(task="classification"), *(f"{TIMM}{name}" for name in timm.list_models())]
 
 
 def _optimizers() -> Sequence[str]:
@@ -85,13 +90,15 @@ def _is_auto_augment(text: str) -> bool:
 
 @dataclass(kw_only=True)
 class Model:
-    """The network and what it starts from."""
+    """The network and what it starts from; `name` is one of the zoo's, or timm/ and one of timm's."""
 
     name: str = choice("???", _models, slow=True)
     pretrained: bool = False  # the published or shipped weights of this name
     checkpoint: str | None = None  # or a file, or another model whose published weights are taken
     num_classes: int | None = number(None, low=1)  # None: as many as the data has; else checked against it
     drop_path_rate: float | None = number(None, low=0, high=0.99)
+    freeze: list[str] = field(default_factory=list)  # what is not trained: modules or parameters, * and ?
+    probe: str | None = choice(None, ("linear", "attentive"))  # train a classifier on the frozen network
     grad_checkpointing: bool = False  # recompute in backward: less memory, about a third more time
     args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the model
 
@@ -125,6 +132,7 @@ class Data(AnyData):
 
     name: str = choice("???", _data_sets)
     crop_pct: float | None = number(None, above=0, high=1)  # share of the side that validation keeps
+    balance: float = number(0.0, low=0, high=1)  # 0: each image once an epoch; 1: each class equally often
     interpolation: str | None = choice(None, ("bicubic", "bilinear", "nearest", "lanczos"))
 
 
@@ -163,6 +171,7 @@ class Optim:
 
     name: str = choice("adamw", _optimizers, slow=True)
     lr: float = number(1e-3, above=0)
+    find_lr: bool = False  # look for lr by a short test of rising rates, which then replaces it
     lr_base_batch: int | None = number(
         None, low=1
     )  # lr belongs to this many images a step; scaled to the actual
@@ -198,6 +207,7 @@ class Trainer:
     compile: bool = False
     channels_last: bool = False
     val_every: int = number(1, low=1)  # epochs
+    patience: int | None = number(None, low=1)  # stop after so many validations without a better one
     log_every: int = number(10, low=1)  # steps
     save_every: int = number(1000, low=1)  # steps between saves of last.ckpt inside an epoch
     keep_best: int = number(1, low=1)  # checkpoints kept by the validation metric of the task

@@ -20,7 +20,7 @@ from zoo.recipes import run_folder as runs
 from zoo.recipes.checkpoints import BEST, LAST, Checkpoints, Stopped
 from zoo.recipes.config import check, recipe
 from zoo.recipes.data import load_halves
-from zoo.recipes.data.loader import BadImages, EpochLoader, Images, reseed
+from zoo.recipes.data.loader import BadImages, EpochLoader, Images, balanced, reseed
 from zoo.recipes.data.transforms import InputSettings
 from zoo.recipes.files import load_checkpoint
 from zoo.recipes.run_folder import load_trained
@@ -29,6 +29,7 @@ from zoo.recipes.tasks import task_of
 from zoo.recipes.tasks.base import Evaluation, Task
 from zoo.recipes.trainer import build_trainer, quiet
 from zoo.recipes.training import Training
+from zoo.recipes.tuning import with_found_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,9 @@ def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunR
     bad_images = BadImages(made.data.max_bad, folder / "bad_files.txt")
     loader, val_loader = _loaders(made, task, settings, train_images, val_images, bad_images)
     objective.refuse(loader)
+    if made.optim.find_lr:
+        made = with_found_rate(made, model, loader, objective, content)
+        reseed(made.seed, "weights")
     module = Training(model, made, loader, objective)
     if content is not None:
         _refuse_other_weights(content, module, checkpoint)
@@ -97,6 +101,7 @@ def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunR
         monitor=task.monitor,
         save_every=made.trainer.save_every,
         keep_best=made.trainer.keep_best,
+        patience=made.trainer.patience,
     )
     first = rank_zero_only.rank == 0
     with runs.lock(folder) if first else nullcontext():
@@ -185,7 +190,12 @@ def _loaders(
         "on_bad": bad_images if data.bad_images == "skip" else None,
     }
     for_train, for_val = task.transforms(made, settings)
-    loader = EpochLoader(train_images, for_train, batch_size=data.batch_size, train=True, **common)
+    weights = None
+    if getattr(data, "balance", 0):
+        weights = balanced([train_images.target(i) for i in range(len(train_images))], data.balance)
+    loader = EpochLoader(
+        train_images, for_train, batch_size=data.batch_size, train=True, weights=weights, **common
+    )
     val_batch = data.val_batch_size if data.val_batch_size is not None else data.batch_size
     return loader, EpochLoader(val_images, for_val, batch_size=val_batch, **common)
 

@@ -22,6 +22,7 @@ from zoo.errors import ZooError
 from zoo.recipes.data.loader import EpochLoader, reseed
 from zoo.recipes.schema import Optim, Recipe
 from zoo.recipes.tasks.base import Objective
+from zoo.recipes.tuning import freeze, still_modules
 
 
 class Training(pl.LightningModule):
@@ -30,6 +31,8 @@ class Training(pl.LightningModule):
     def __init__(self, model: nn.Module, recipe: Recipe, loader: EpochLoader, objective: Objective) -> None:
         super().__init__()
         self.model, self.recipe, self.loader, self.objective = model, recipe, loader, objective
+        freeze(model, recipe.model.freeze)
+        self.still = still_modules(model)
         ema = recipe.optim.ema
         self.ema = ModelEmaV3(model, decay=ema).requires_grad_(False) if ema is not None else None
         self.result: dict[str, float] = {}
@@ -52,10 +55,7 @@ class Training(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.recipe.optim
-        lr = optim.lr
-        if optim.lr_base_batch is not None:
-            batch = self.recipe.data.batch_size * optim.accumulate * self.trainer.world_size
-            lr *= batch / optim.lr_base_batch
+        lr = optim.lr * rate_factor(self.recipe, self.trainer.world_size)
         betas = {"betas": tuple(optim.betas)} if optim.betas is not None else {}
         optimizer = create_optimizer_v2(
             self.model,
@@ -74,9 +74,11 @@ class Training(pl.LightningModule):
         # Dropout, drop path and mixup of a step follow from its number: a resumed run repeats them exactly.
         reseed(self.recipe.seed, "step", self.current_epoch, batch_idx, self.global_rank)
         self.schedule.step_update(self.trainer.global_step)
+        for module in self.still:  # their statistics stay too, and nothing is dropped in them
+            module.eval()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.objective.loss(self.model, self._format(batch))
+        loss = self.objective.loss(self.model, self.channels(batch))
         if not torch.isfinite(loss):
             self._refuse(loss, batch_idx)
         self.losses.append(loss.detach())
@@ -98,7 +100,7 @@ class Training(pl.LightningModule):
         return max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.objective.update(self.result_model, self._format(batch))
+        self.objective.update(self.result_model, self.channels(batch))
 
     def on_validation_epoch_end(self) -> None:
         self.result = self.objective.compute()
@@ -112,7 +114,8 @@ class Training(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics({"epoch": math.ceil(step / self.steps_per_epoch), **values}, step=step)
 
-    def _format(self, batch: Any) -> Any:
+    def channels(self, batch: Any) -> Any:
+        """Return a batch in the memory format of the recipe."""
         images, targets = batch
         if self.recipe.trainer.channels_last and isinstance(images, Tensor):
             images = images.contiguous(memory_format=torch.channels_last)
@@ -127,6 +130,14 @@ class Training(pl.LightningModule):
             f"{self.current_epoch + 1}, batch {batch_idx + 1}: {some}; lr {self.lr:.3g}); it is not saved; "
             "lower optim.lr, set optim.clip_grad or use trainer.precision=32-true, and look at these images"
         )
+
+
+def rate_factor(recipe: Recipe, processes: int) -> float:
+    """Return by what optim.lr is multiplied for the number of images in a step."""
+    optim = recipe.optim
+    if optim.lr_base_batch is None:
+        return 1.0
+    return recipe.data.batch_size * optim.accumulate * processes / optim.lr_base_batch
 
 
 def schedule(optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int) -> Scheduler:

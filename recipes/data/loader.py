@@ -6,7 +6,8 @@ import hashlib
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,8 +74,17 @@ class Samples(Dataset):
 class EpochBatches(Sampler):
     """Keys (epoch, index) of one process's batches, from `epoch` and `batch` on, which anyone may set."""
 
-    def __init__(self, length: int, batch_size: int, seed: int, *, shuffle: bool) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        shuffle: bool,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self.epoch = self.batch = self.rank = 0
         self.world = 1
 
@@ -83,6 +93,8 @@ class EpochBatches(Sampler):
         if not self.shuffle:
             return torch.arange(self.length)
         generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        if self.weights is not None:  # as many as there are, some several times
+            return torch.multinomial(self.weights, self.length, replacement=True, generator=generator)
         return torch.randperm(self.length, generator=generator)
 
     def indices(self, epoch: int, batch: int, order: torch.Tensor | None = None) -> list[int]:
@@ -150,10 +162,11 @@ class EpochLoader:
         seed: int = 0,
         workers: int = 0,
         train: bool = False,
+        weights: Sequence[float] | None = None,
         on_bad: Callable[[Images, BadImage], None] | None = None,
     ) -> None:
         self.images = images
-        self.batches = EpochBatches(len(images), batch_size, seed, shuffle=train)
+        self.batches = EpochBatches(len(images), batch_size, seed, shuffle=train, weights=weights)
         self.on_bad = on_bad
         self._loader = DataLoader(
             Samples(images, transform, seed),
@@ -214,6 +227,15 @@ class EpochLoader:
     def close(self) -> None:
         """End the worker processes."""
         self._loader._iterator = None
+
+
+def balanced(labels: Sequence[int], strength: float) -> list[float]:
+    """Return how often to draw each image: 1 for all at strength 0, each class equally often at 1.
+
+    Between them a class of n images is drawn as often as n^(1 - strength) says.
+    """
+    counts = Counter(labels)
+    return [counts[label] ** -strength for label in labels]
 
 
 class BadImages:
