@@ -1,4 +1,7 @@
-"""What `zoo.recipe`, `zoo.train`, `zoo.evaluate` and `zoo.predict` are; prediction imports no trainer."""
+"""What `zoo.recipe`, `zoo.train`, `zoo.evaluate`, `zoo.predict` and `zoo.generate` are.
+
+Prediction and generation import no trainer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoo.recipes.config import recipe
     from zoo.recipes.evaluate import evaluate
+    from zoo.recipes.generate import generate
     from zoo.recipes.predict import predict
     from zoo.recipes.run_folder import Trained, load_trained
     from zoo.recipes.schema import Recipe
@@ -21,6 +25,7 @@ __all__ = [
     "RunResult",
     "Trained",
     "evaluate",
+    "generate",
     "load_trained",
     "predict",
     "recipe",
@@ -32,6 +37,7 @@ _HOMES = {
     "recipe": "config",
     "Evaluation": "tasks.base",
     "evaluate": "evaluate",
+    "generate": "generate",
     "Prediction": "tasks.base",
     "predict": "predict",
     "Trained": "run_folder",

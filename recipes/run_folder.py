@@ -366,9 +366,15 @@ def _from_name(name: str) -> Trained:
     from zoo.weights.loader import read_pretrained
     from zoo.weights.manifest import entries_of
 
-    backbones = list_models(task="classification")
-    if name not in backbones:
-        near = did_you_mean(name, backbones)
+    known = list_models(task="classification")
+    # Of the others only those whose weights come with the recipe that made them.
+    known += [
+        each
+        for each in list_models(task="generation", pretrained=True)
+        if any(entry.packaged for entry in entries_of(each)[:1])
+    ]
+    if name not in known:
+        near = did_you_mean(name, known)
         raise ConfigError(
             f"{name!r} is neither a run folder nor a model with weights{near or '; see `zoo list`'}"
         )

@@ -448,10 +448,11 @@ class GenerationRecipe(Recipe):
     def refuse(self) -> None:
         refuse_disorder("sampling.interval", self.sampling.interval)
         flow = self.diffusion.objective == "rectified_flow"
-        if flow and self.sampling.sampler in ("ddim", "ddpm"):
+        wrong = ("ddim", "ddpm") if flow else ("heun",)
+        if self.sampling.sampler in wrong:
             raise ConfigError(
-                f"sampling.sampler={self.sampling.sampler} is not for diffusion.objective=rectified_flow; "
-                "use euler, heun, dpm or unipc"
+                f"sampling.sampler={self.sampling.sampler} is not for diffusion.objective="
+                f"{self.diffusion.objective}; use euler, dpm or unipc"
             )
         if not flow and self.diffusion.shift != 1:
             raise ConfigError(

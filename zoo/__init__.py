@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from zoo import analysis, ops
     from zoo.acceleration import accelerate
     from zoo.attention import capture_attention
-    from zoo.recipes.api import evaluate, predict, recipe, train
+    from zoo.recipes.api import evaluate, generate, predict, recipe, train
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ _LAZY = {
     "recipe": ("zoo.recipes.api", "recipe"),
     "train": ("zoo.recipes.api", "train"),
     "evaluate": ("zoo.recipes.api", "evaluate"),
+    "generate": ("zoo.recipes.api", "generate"),
     "predict": ("zoo.recipes.api", "predict"),
 }
 
@@ -48,6 +49,7 @@ __all__ = [
     "capture_attention",
     "create_model",
     "evaluate",
+    "generate",
     "list_models",
     "load_checkpoint",
     "model_info",

@@ -428,6 +428,7 @@ READERS = {
     "zoo.load_checkpoint": lambda path: zoo.load_checkpoint(zoo.create_model("nat_digits"), path),
     "zoo.evaluate": lambda path: zoo.evaluate(path, "digits"),
     "zoo.predict": lambda path: zoo.predict(path, "image.png"),
+    "zoo.generate": lambda path: zoo.generate(path),
     "zoo.train": lambda path: zoo.train(
         zoo.recipe("classification/digits", [f"model.checkpoint={path}"]), run_dir=path.parent / "run"
     ),

@@ -14,7 +14,7 @@ def build() -> object:
     """Build the typer application; imported late so that a shell completion stays fast."""
     import typer
 
-    from zoo.cli import bench, models, recipes, visualize, weights
+    from zoo.cli import bench, generate, models, recipes, visualize, weights
 
     app = typer.Typer(
         name="zoo",
@@ -33,6 +33,7 @@ def build() -> object:
     app.command("train")(recipes.train)
     app.command("eval")(recipes.evaluate)
     app.command("predict")(recipes.predict)
+    app.command("generate")(generate.generate)
     app.add_typer(recipes.recipes, name="recipes")
     app.add_typer(weights.weights, name="weights")
     app.command("visualize")(visualize.visualize)

@@ -21,7 +21,7 @@ OBJECTIVES = ("rectified_flow", "ddpm_epsilon", "ddpm_v")
 # name: diffusers' class for rectified flow and for DDPM, None where it has none
 SAMPLERS: dict[str, tuple[str | None, str | None]] = {
     "euler": ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler"),
-    "heun": ("FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler"),
+    "heun": ("FlowMatchHeunDiscreteScheduler", None),
     "dpm": ("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
     "unipc": ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
     "ddim": (None, "DDIMScheduler"),
@@ -42,10 +42,11 @@ def make_scheduler(
         value, known = (sampler, SAMPLERS) if sampler not in SAMPLERS else (objective, OBJECTIVES)
         raise ConfigError(f"unknown {value!r}{did_you_mean(value, known)}; use {', '.join(known)}")
     is_flow = objective == "rectified_flow"
-    name = SAMPLERS[sampler][0 if is_flow else 1]
+    names = {key: flow if is_flow else other for key, (flow, other) in SAMPLERS.items()}
+    name = names[sampler]
     if name is None:
-        fitting = ", ".join(key for key, (flow, _) in SAMPLERS.items() if flow)
-        raise ConfigError(f"the sampler {sampler} is not for rectified flow; use {fitting}")
+        fitting = ", ".join(key for key, each in names.items() if each)
+        raise ConfigError(f"the sampler {sampler} is not for {objective}; use {fitting}")
     kind = getattr(diffusers, name)
     settings: dict[str, Any] = {"num_train_timesteps": STEPS}
     if name.startswith("FlowMatch"):
@@ -133,6 +134,8 @@ class ImagePipeline(DiffusionPipeline):
         found = []
         for each in classes:
             number = each if isinstance(each, int) else known.get(each, -1)
+            if number < 0 and str(each).isdecimal():
+                number = int(each)
             if not 0 <= number < count:
                 near = did_you_mean(str(each), known) or f"; it has {count} classes"
                 raise ConfigError(f"unknown class {each!r}{near}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, did_you_mean
 
-LENGTH = 8  # words, the longest prompt
+LENGTH = 16  # words, the longest prompt
 PAUSE = ""  # what fills a shorter one
 
 

@@ -1,0 +1,566 @@
+"""Generation: what is predicted and sampled is what the formulas say; a run stops and goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from PIL import Image
+from safetensors.torch import load_file
+
+import zoo
+from zoo.attention.swap import MECHANISMS
+from zoo.cli import main
+from zoo.diffusion.sampling import SAMPLERS, ImagePipeline, make_scheduler, sample
+from zoo.errors import ConfigError, ZooError
+from zoo.layers.words import WordEncoder
+from zoo.recipes import api, pictures
+from zoo.recipes.config import recipe as read
+from zoo.recipes.data import digits, prompts
+from zoo.recipes.judging import Judge, distances, nearest
+from zoo.recipes.noising import Noising
+from zoo.recipes.schema import Diffusion
+from zoo.recipes.tasks import generation
+from zoo.recipes.tasks.generation import Generation
+from zoo.recipes.training import Training
+
+OBJECTIVES = ("rectified_flow", "ddpm_epsilon", "ddpm_v")
+RECIPE = """
+task: generation
+model: {name: dit_digits, args: {depth: 1, hidden_size: 32, num_heads: 2, in_channels: 3}}
+data: {name: folder, root: ROOT, batch_size: 8, val_batch_size: 4, workers: 0}
+augment: {hflip: 0.5}
+sampling: {steps: 2, count: 4, shown: 4, guidance: [2.0, 1.0], features: nat_digits}
+optim: {epochs: 2, warmup_epochs: 1, ema: 0.9, clip_grad: 1.0}
+trainer: {log_every: 1, save_every: 2}
+"""
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it, nothing is saved."""
+
+
+@pytest.fixture(scope="session")
+def recipe_file(image_folder, tmp_path_factory) -> Path:
+    """A recipe of three steps an epoch and two epochs on a small folder of images."""
+    file = tmp_path_factory.mktemp("recipe") / "patches.yaml"
+    file.write_text(RECIPE.replace("ROOT", str(image_folder)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def made(recipe_file, tmp_path_factory) -> Path:
+    """The folder of a finished run, for reading only."""
+    folder = tmp_path_factory.mktemp("runs") / "made"
+    api.train(api.recipe(recipe_file), run_dir=folder)
+    return folder
+
+
+@pytest.fixture
+def run(recipe_file, tmp_path, monkeypatch):
+    """Train the small recipe without measuring its samples: run("folder", "key=value", ..., resume=...)."""
+    monkeypatch.setattr(pictures, "curves", lambda *_, **__: None)
+
+    def train(name: str, *overrides: str, **keywords: object):
+        recipe = api.recipe(recipe_file, ["sampling.count=0", *overrides])
+        if "resume" not in keywords:
+            keywords["run_dir"] = tmp_path / name
+        return api.train(recipe, **keywords)
+
+    return train
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something in the forward pass of a step, or in the validation after an epoch."""
+
+    def install(step: int, action, *, validating: bool = False) -> None:
+        name = "validation_step" if validating else "training_step"
+        original = getattr(Training, name)
+
+        def hooked(self, batch, batch_idx):
+            where = self.current_epoch + 1 if validating else self.trainer.global_step + 1
+            if where == step:
+                monkeypatch.setattr(Training, name, original)
+                action()
+            return original(self, batch, batch_idx)
+
+        monkeypatch.setattr(Training, name, hooked)
+
+    return install
+
+
+def slow(*values: object):
+    """A case for the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+# ---- a run
+
+
+def test_a_run_leaves_samples_metrics_and_a_pipeline(made):
+    assert {path.name for path in made.iterdir()} >= {
+        "config.yaml", "metrics.csv", "metrics.json", "model.safetensors", "curves.png", "samples.png",
+        "samples_1.png", "nearest.png", "samples", "diffusers",
+    }  # fmt: skip
+    assert [file.name for file in sorted((made / "samples").iterdir())] == [
+        "step-000003.png", "step-000006.png",
+    ]  # fmt: skip
+    facts = json.loads((made / "metrics.json").read_text())
+    assert facts["samples"] == 4 and set(facts["made"]) == {"2", "1"}
+    assert set(facts["made"]["2"]) == {"nearest", "fid", "kid"}
+    assert all(np.isfinite(value) for value in facts["made"]["2"].values())
+    assert 0 <= facts["real"]["nearest"] <= np.sqrt(3 * 16 * 16)
+
+
+@pytest.mark.parametrize("step", [3, slow(1), slow(2), slow(4), slow(6)])
+def test_after_a_kill_at_any_step_all_goes_on_exactly(run, made, at_step, tmp_path, step):
+    at_step(step, kill)
+    with pytest.raises(Killed):
+        run("killed")
+    run("killed", resume=tmp_path / "killed")
+    assert_same(made, tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_workers_change_nothing_not_even_after_a_stop(run, made, at_step, tmp_path):
+    at_step(5, kill)
+    with pytest.raises(Killed):
+        run("workers", "data.workers=2")
+    run("workers", "data.workers=1", resume=tmp_path / "workers")
+    assert_same(made, tmp_path / "workers")
+
+
+@pytest.mark.parametrize(("where", "validating"), [(2, False), slow(3, False), slow(1, True)])
+def test_sigterm_saves_the_step_it_came_in(run, made, at_step, tmp_path, where, validating):
+    at_step(where, terminate, validating=validating)
+    with pytest.raises(SystemExit) as stopped:
+        run("stopped")
+    assert stopped.value.code == 143
+    run("stopped", resume=tmp_path / "stopped")
+    assert_same(made, tmp_path / "stopped")
+
+
+def test_a_loss_that_is_not_finite_stops_within_its_step(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(Noising, "weight", lambda self, t: torch.full_like(t, float("nan")))
+    with pytest.raises(ZooError, match=r"the loss became nan at step 1 "):
+        run("broken")
+    assert not list((tmp_path / "broken" / "checkpoints").glob("*.ckpt"))
+
+
+def test_another_objective_is_another_run(run, made):
+    with pytest.raises(ConfigError, match=r"diffusion.times logit_normal -> uniform"):
+        run("x", "diffusion.times=uniform", resume=made)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "diffusion.objective=ddpm_v diffusion.min_snr=5 sampling.sampler=ddim diffusion.times=uniform",
+        slow("diffusion.objective=ddpm_epsilon diffusion.noise_schedule=cosine sampling.sampler=ddpm"),
+        slow("diffusion.times=mode diffusion.shift=3 sampling.sampler=heun sampling.interval=[0.2,0.8]"),
+        slow(
+            "diffusion.times=csas trainer.precision=bf16-mixed model.grad_checkpointing=true optim.ema=null"
+        ),
+    ],
+)
+def test_every_choice_trains(run, overrides):
+    result = run("choice", "optim.epochs=1", *overrides.split())
+    assert np.isfinite(result.metrics["val_loss"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.name=dit_digit", "did you mean dit_digits"),
+        ("model.name=nat_digits", "unknown model.name"),
+        ("diffusion.objective=flow", "rectified_flow"),
+        ("diffusion.timess=uniform", "did you mean diffusion.times"),
+        ("sampling.sampler=ddim", "not for diffusion.objective=rectified_flow"),
+        ("diffusion.objective=ddpm_v diffusion.shift=2", "is for diffusion.objective=rectified_flow"),
+        ("sampling.interval=[1,0]", "smaller number to the larger"),
+        ("diffusion.drop_condition=0", "guidance needs a model"),
+        ("sampling.guidance=[]", "is empty"),
+        ("augment.mixup=0.8", "unknown key 'augment.mixup'"),
+        ("optim.layer_decay=0.5", "for backbones"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(recipe_file, override, words):
+    with pytest.raises(ConfigError, match=words) as refused:
+        api.recipe(recipe_file, override.split())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["model.name=mmdit_digits", "model.args={}", "data.image_size=16"],
+            "is told what to make by prompts",
+        ),
+        (["data.name=digit_pairs"], "is told classes, not prompts"),
+        (["data.image_size=15"], "multiple of the model's patches of 2"),
+        (["sampling.features=dit_digits"], "neither a run folder nor a model|must classify"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line(run, overrides, words, monkeypatch):
+    monkeypatch.setattr(Generation, "show", lambda *_, **__: {})
+    with pytest.raises(ConfigError, match=words) as refused:
+        run("x", "sampling.count=2", "optim.epochs=1", *overrides)
+    assert "\n" not in str(refused.value)
+
+
+# ---- noise
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_is_predicted_leads_back_to_the_image(objective):
+    noising = Noising(Diffusion(objective=objective))
+    x, noise = torch.randn(2, 64, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    t = noising.even(64).double()
+    noisy, target = noising.noised(x, noise, t), noising.target(x, noise, t)
+    image, level = (each[:, None, None, None] for each in noising.levels(t))
+    found = {
+        "rectified_flow": noisy - level * target,
+        "ddpm_epsilon": (noisy - level * target) / image,
+        "ddpm_v": image * noisy - level * target,
+    }[objective]
+    torch.testing.assert_close(found, x)
+    assert noising.levels(t)[1].diff().min() > 0, "noise grows with t"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_ddpm_is_that_of_diffusers(schedule):
+    noising = Noising(Diffusion(objective="ddpm_v", noise_schedule=schedule))
+    theirs = make_scheduler("ddpm", "ddpm_v", noise_schedule=schedule)
+    x, noise = torch.randn(2, 32, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = noising.even(32)
+    steps = noising.model_time(t).long()
+    torch.testing.assert_close(noising.noised(x, noise, t), theirs.add_noise(x, noise, steps))
+    torch.testing.assert_close(noising.target(x, noise, t), theirs.get_velocity(x, noise, steps))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_min_snr_weighs_the_error_of_the_image(objective):
+    """The same error of the image counts min(SNR, gamma) whatever is predicted."""
+    noising = Noising(Diffusion(objective=objective, min_snr=5.0))
+    x, noise = torch.randn(2, 50, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    t = noising.even(50).double()
+    image, level = noising.levels(t)
+    # The prediction of someone who takes the image for y, from the same noisy image.
+    y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
+    spread = lambda v: v[:, None, None, None]  # noqa: E731
+    other = (noising.noised(x, noise, t) - spread(image) * y) / spread(level)
+    error = (noising.target(x, noise, t) - noising.target(y, other, t)).square().mean((1, 2, 3))
+    expected = (image / level).square().clamp(max=5) * (x - y).square().mean((1, 2, 3))
+    torch.testing.assert_close(noising.weight(t) * error, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"times": "uniform"},
+        {"times": "logit_normal", "times_mean": 0.3},
+        {"times": "mode", "mode_scale": 0.8},
+    ],
+)
+def test_times_are_those_of_diffusers(settings):
+    """diffusers weighs indices of a list that begins with noise: u there is 1 - t for logit-normal times."""
+    torch.manual_seed(0)
+    ours = Noising(Diffusion(**settings)).times(1000)
+    torch.manual_seed(0)
+    scheme = "none" if settings["times"] == "uniform" else settings["times"]
+    theirs = compute_density_for_timestep_sampling(
+        scheme, 1000, settings.get("times_mean", 0.0), 1.0, settings.get("mode_scale", 1.29)
+    )
+    torch.testing.assert_close(ours, theirs.clamp(1e-5, 1 - 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "low", "high"),
+    [
+        ({"times": "uniform"}, 0.48, 0.52),
+        ({"times": "csas"}, 0.55, 0.65),
+        ({"times": "logit_normal", "times_mean": -1.0}, 0.25, 0.35),
+        ({"times": "uniform", "shift": 3.0}, 0.6, 0.75),
+    ],
+)
+def test_one_is_noise_for_every_kind_of_times(settings, low, high):
+    torch.manual_seed(0)
+    times = Noising(Diffusion(**settings)).times(4000)
+    assert times.min() > 0 and times.max() < 1
+    assert low < times.mean() < high
+
+
+# ---- samples
+
+
+class Oracle(torch.nn.Module):
+    """Predicts as if it knew the one image there is; with the condition 0 another one. Counts its samples."""
+
+    def __init__(self, objective: str, images: torch.Tensor) -> None:
+        super().__init__()
+        self.noising, self.images, self.seen = Noising(Diffusion(objective=objective)), images, 0
+
+    def forward(self, x, time, label, return_dict):
+        self.seen += len(x)
+        t = (time / 1000 if self.noising.is_flow else (time + 0.5) / 1000).double()
+        image, level = (each[:, None, None, None] for each in self.noising.levels(t))
+        clean = self.images[label].double()
+        noise = (x.double() - image * clean) / level
+        return (self.noising.target(clean, noise, t).to(x.dtype),)
+
+
+ORACLE = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(3)) - 0.5
+PAIRS = [
+    (sampler, objective)
+    for sampler, kinds in SAMPLERS.items()
+    for objective in OBJECTIVES
+    if kinds[0 if objective == "rectified_flow" else 1] is not None
+]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
+@pytest.mark.parametrize(("sampler", "objective"), PAIRS)
+def test_every_sampler_finds_the_image_that_the_model_knows(sampler, objective):
+    noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.ones(3, dtype=torch.int64)
+    found = sample(
+        Oracle(objective, ORACLE), make_scheduler(sampler, objective), noise, (labels,), (0 * labels,),
+        steps=20, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    torch.testing.assert_close(found, ORACLE[1].expand(3, -1, -1, -1), atol=0.03, rtol=0)
+
+
+def test_guidance_goes_beyond_the_condition_inside_its_interval_only():
+    noise = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    one, none = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+
+    def found(guidance: float, interval: tuple[float, float]) -> tuple[torch.Tensor, int]:
+        model = Oracle("rectified_flow", ORACLE)
+        scheduler = make_scheduler("euler", "rectified_flow")
+        x = sample(model, scheduler, noise, (one,), (none,), guidance=guidance, interval=interval, steps=10)
+        return x[0], model.seen
+
+    beyond = ORACLE[0] + 3 * (ORACLE[1] - ORACLE[0])
+    x, seen = found(3.0, (0.0, 1.0))
+    torch.testing.assert_close(x, beyond, atol=1e-4, rtol=0)
+    assert seen == 20
+    x, seen = found(3.0, (2.0, 3.0))
+    torch.testing.assert_close(x, ORACLE[1], atol=1e-4, rtol=0)
+    assert seen == 10
+    assert found(3.0, (0.5, 1.0))[1] == 15 and found(1.0, (0.0, 1.0))[1] == 10
+
+
+def test_wrong_samplers_are_one_line():
+    with pytest.raises(ConfigError, match="ddim is not for rectified_flow; use euler, heun, dpm, unipc"):
+        make_scheduler("ddim", "rectified_flow")
+    with pytest.raises(ConfigError, match="unknown 'dimm'; did you mean ddim"):
+        make_scheduler("dimm", "ddpm_v")
+
+
+def test_a_saved_pipeline_makes_what_the_run_makes(made):
+    pipe = ImagePipeline.from_pretrained(made / "diffusers")
+    assert isinstance(pipe, diffusers.DiffusionPipeline)
+    ours = api.generate(made, classes=["light", 0], steps=3, seed=5)
+    theirs = pipe(
+        class_labels=["light", 0], num_inference_steps=3, generator=torch.Generator().manual_seed(5)
+    ).images
+    assert [title for title, _ in ours] == ["light", "dark"]
+    assert all(np.array_equal(image, other) for (_, image), other in zip(ours, theirs, strict=True))
+    again = api.generate(made / "diffusers", classes=["light", 0], steps=3, seed=5)
+    assert all(np.array_equal(image, other) for (_, image), (_, other) in zip(ours, again, strict=True))
+    pixels = pipe(class_labels=[1], num_inference_steps=2, output_type="np").images
+    assert pixels.shape == (1, 16, 16, 3) and pixels.min() >= 0 and pixels.max() <= 1
+    model = diffusers.AutoModel.from_pretrained(str(made / "diffusers"), subfolder="transformer")
+    assert isinstance(model, zoo.diffusion.DiTModel)
+
+
+def test_generate_writes_a_grid_and_single_images(made, tmp_path, capsys):
+    output = tmp_path / "out"
+    status = main(
+        [
+            "generate",
+            str(made),
+            "--classes",
+            "light,0",
+            "--count",
+            "2",
+            "--steps",
+            "2",
+            "--output",
+            str(output),
+        ]
+    )
+    assert status == 0, capsys.readouterr().err
+    assert sorted(file.name for file in output.iterdir()) == [
+        "0000_light.png", "0001_light.png", "0002_0.png", "0003_0.png", "grid.png",
+    ]  # fmt: skip
+    with Image.open(output / "0000_light.png") as image:
+        assert image.size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--classes", "lihgt"], "unknown class 'lihgt'; did you mean light"),
+        (["--classes", ","], "no class is given"),
+        (["--prompt", "a seven"], "told what to show by class_labels"),
+        (["--sampler", "ddim"], "not for rectified_flow"),
+        (["--guidance", "-1"], "guidance=-1.0 must be"),
+    ],
+)
+def test_generate_says_in_one_line_what_is_wrong(made, tmp_path, capsys, arguments, words):
+    assert main(["generate", str(made), *arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_commands_send_a_generator_to_generate(made):
+    with pytest.raises(ConfigError, match="use `zoo generate"):
+        api.predict(made, Image.new("RGB", (16, 16)))
+    with pytest.raises(ConfigError, match="makes no images"):
+        api.generate("nat_digits")
+
+
+# ---- what samples are worth
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge("nat_digits")
+
+
+def enlarged(images: np.ndarray, side: int = 16) -> np.ndarray:
+    """uint8 [N, side, side, 1]."""
+    small = [Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in images]
+    return np.stack([np.asarray(image)[..., None] for image in small])
+
+
+def test_real_digits_are_recognised_and_others_are_not(recipe_file, judge):
+    images, labels = (each[:60] for each in digits.held_out())
+    objective = Generation(read(recipe_file), digits.CLASSES)
+    objective.judge = judge
+    pixels = enlarged(images)
+    assert objective.recognised(pixels, labels.tolist()) > 0.95
+    assert objective.recognised(pixels, ((labels + 1) % 10).tolist()) < 0.05
+
+
+def test_distances_are_small_between_real_halves_and_large_to_noise(judge):
+    images = [Image.fromarray(image) for image in digits.held_out()[0][:120]]
+    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    real, other, far = (
+        judge.features(each) for each in (images[:60], images[60:], list(map(Image.fromarray, noise)))
+    )
+    state = torch.random.get_rng_state()
+    near, wide = distances(real, other), distances(real, far)
+    assert near["fid"] < wide["fid"] and near["kid"] < wide["kid"]
+    assert distances(real, real)["fid"] == pytest.approx(0, abs=1e-3)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_copy_is_found():
+    known = np.random.default_rng(0).integers(0, 256, (300, 4, 4, 1), dtype=np.uint8)
+    distance, which = nearest(known[[7, 250]], known)
+    assert distance.tolist() == [0, 0] and which.tolist() == [7, 250]
+    black, white = np.zeros((1, 4, 4, 1), np.uint8), np.full((1, 4, 4, 1), 255, np.uint8)
+    assert nearest(black, white)[0][0] == 4  # the root of 16 pixels
+
+
+# ---- prompts
+
+
+def test_words_have_an_order_and_a_vocabulary():
+    encoder = WordEncoder(prompts.WORDS, 32)
+    text, pooled = encoder(["a seven left of a three", "a three left of a seven"])
+    assert text.shape == (2, 16, 32) and pooled.shape == (2, 32)
+    assert (text[0] - text[1]).abs().max() > 0.1
+    assert torch.equal(
+        text, WordEncoder(prompts.WORDS, 32)(["A seven left of a three.", "a three left of a seven"])[0]
+    )
+    with pytest.raises(ConfigError, match="does not know the word 'sevn'; did you mean seven"):
+        encoder.encode("a sevn")
+    with pytest.raises(ConfigError, match="1 to 16 words, found 17"):
+        encoder.encode("a " * 17)
+
+
+def test_pairs_show_what_their_prompts_say(recipe_file, judge):
+    pairs = prompts.DigitPairs(train=False)
+    objective = Generation(read(recipe_file), prompts.WORDS)
+    objective.judge = judge
+    pixels = np.stack([np.asarray(pairs.load(index)) for index in range(60)])
+    asked = [pairs.target(index) for index in range(60)]
+    assert {" ".join(text.split()[2:-2]) for text in asked} == set(prompts.PLACES)
+    assert objective.recognised(pixels, asked) > 0.9
+    assert objective.recognised(pixels, [asked[-1], *asked[:-1]]) < 0.2
+
+
+def test_a_model_of_prompts_trains_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prompts, "TRAINING_PAIRS", 8)
+    monkeypatch.setattr(prompts, "HELD_OUT_PAIRS", 4)
+    small = ["model.args={depth: 1, hidden_size: 32, num_heads: 2}", "optim.epochs=1", "data.batch_size=4"]
+    quick = ["sampling.steps=2", "sampling.count=2", "sampling.shown=2", "trainer.val_every=1"]
+    made = api.recipe("generation/digit_pairs", [*small, *quick])
+    result = api.train(made, run_dir=tmp_path / "run")
+    assert 0 <= result.metrics["recognised_guidance_2"] <= 1
+    output = tmp_path / "out"
+    told = ["--prompt", "a seven left of a three", "--prompt", "a one above a two", "--count", "1"]
+    assert main(["generate", str(tmp_path / "run"), *told, "--output", str(output)]) == 0, capsys.readouterr()
+    assert (output / "0000_a-seven-left-of-a-three.png").exists()
+    saved = api.generate(tmp_path / "run" / "diffusers", prompt="a one above a two", steps=2)
+    assert saved[0][1].size == (32, 32)
+    with pytest.raises(ConfigError, match="makes what a prompt says"):
+        api.generate(tmp_path / "run")
+    with pytest.raises(ConfigError, match="does not know the word 'sevn'"):
+        api.generate(tmp_path / "run", prompt="a sevn left of a three")
+
+
+# ---- attentions
+
+
+@pytest.mark.parametrize("attention", ["global", *MECHANISMS])
+def test_every_attention_trains_a_step_in_a_dit(recipe_file, attention):
+    args = f"model.args={{depth: 2, hidden_size: 32, num_heads: 2, in_channels: 3, attention: {attention}}}"
+    recipe = read(recipe_file, [args])
+    torch.manual_seed(0)
+    model = generation.TASK.build_model(recipe, 2).train()
+    objective = generation.TASK.objective(recipe, ["dark", "light"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    images, labels = torch.rand(4, 3, 16, 16) * 2 - 1, torch.tensor([0, 1, 0, 1])
+    for _ in range(3):  # gates and output begin at zero, so the attention learns from the third step on
+        loss = objective.loss(model, (images, labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert torch.isfinite(loss)
+    moved = {
+        name
+        for (name, parameter), old in zip(model.named_parameters(), before, strict=True)
+        if not torch.equal(parameter, old)
+    }
+    assert any(".attn." in name for name in moved), "no weight of the attention was trained"
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
