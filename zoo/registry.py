@@ -216,9 +216,8 @@ def model_info(name: str) -> ModelInfo:
 
     entry = _find(name)
     with torch.device("meta"):
-        if entry.timm_name is None:  # the plain module, which needs no diffusers
-            model = entry.model(**_row(entry))
-            latents, *others = model.example_inputs()
+        if entry.timm_name is None:
+            model, (latents, *others) = generator(name)
             input_size = tuple(latents.shape[1:])
         else:
             model, others = create_model(name), ()
@@ -240,6 +239,32 @@ def model_info(name: str) -> ModelInfo:
         licence=next((w.license for w in weights if w.license), None),
         recipes=tuple(_recipes_of(name)),
     )
+
+
+def family_of(name: str) -> str:
+    """The family of a model, such as "nat". Raises: ConfigError for an unknown name."""
+    return _find(name).family
+
+
+def generator(name: str, side: int | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The plain module of a generator, and what its forward takes, for latents of `side` pixels.
+
+    `side` None is the size that the model is meant for. Needs no diffusers.
+    Raises: ConfigError for an unknown name or another task.
+    """
+    import torch
+
+    entry = _find(name)
+    if entry.timm_name is not None:
+        raise ConfigError(f"{name} is no generator; its task is {entry.task}")
+    row = _row(entry)
+    if side is not None and "sample_size" in row:
+        row["sample_size"] = side
+    model = entry.model(**row)
+    latents, *others = model.example_inputs()
+    if side is not None:
+        latents = torch.zeros(*latents.shape[:-2], side, side)
+    return model, (latents, *others)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> list[str]:

@@ -1,6 +1,7 @@
 """What a model attends to, as tensors and as pictures, and what it costs."""
 
 from zoo.analysis.capture import block_attention
+from zoo.analysis.choosing import Candidate, Choice, choose
 from zoo.analysis.maps import (
     HeadStatistics,
     QueryView,
@@ -19,6 +20,8 @@ from zoo.analysis.sparsity import TileCount, best_tiles, block_tiles, neighborho
 from zoo.analysis.tokens import GroupAttention, TokenAttention
 
 __all__ = [
+    "Candidate",
+    "Choice",
     "GroupAttention",
     "HeadStatistics",
     "QueryView",
@@ -30,6 +33,7 @@ __all__ = [
     "best_tiles",
     "block_attention",
     "block_tiles",
+    "choose",
     "choose_block",
     "draw_field",
     "draw_heat",

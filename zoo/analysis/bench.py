@@ -132,10 +132,16 @@ def measure(
 
 
 def time_in_turns(
-    runs: Mapping[str, Callable[[], Any]], seconds: float, device: torch.device, most: int = 200
+    runs: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    device: torch.device,
+    most: int = 200,
+    *,
+    wall: bool = False,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every turn of every function: CPU time on a CPU, between events on a GPU."""
-    clock = _cpu_clock if device.type == "cpu" else _cuda_clock
+    """Milliseconds of every turn of every function: CPU time on a CPU (or with `wall` what a clock on the
+    wall shows), between events on a GPU."""
+    clock = clock_of(device, wall)
     for run in runs.values():
         clock(run)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -146,6 +152,19 @@ def time_in_turns(
             times[name].append(clock(run))
         turns += 1
     return times
+
+
+def clock_of(device: torch.device, wall: bool = False) -> Callable[[Callable[[], Any]], float]:
+    """The function that runs another and returns the milliseconds it took, see `time_in_turns`."""
+    if device.type == "cuda":
+        return _cuda_clock
+    return _wall_clock if wall else _cpu_clock
+
+
+def _wall_clock(run: Callable[[], Any]) -> float:
+    start = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - start) / 1e6
 
 
 def _cpu_clock(run: Callable[[], Any]) -> float:
@@ -269,7 +288,7 @@ def subject(
     from zoo import list_models
 
     name, _, backend = spec.partition("@")
-    _check_device(device)
+    check_device(device)
     inside = (lambda: ops.use_backend(backend)) if backend else nullcontext
     options = {"device": device, "dtype": dtype}
     given = dict(arguments or {})
@@ -295,7 +314,7 @@ def subject(
     if compiled:
         call = torch.compile(call)
     label = spec + (" compiled" if compiled else "")
-    return Subject(label, _runner(call, inputs, parameters, training, inside), side, tokens, macs, count)
+    return Subject(label, one_pass(call, inputs, parameters, training, inside), side, tokens, macs, count)
 
 
 def module_subject(
@@ -329,13 +348,13 @@ def module_subject(
         near = did_you_mean(mechanism, makers)
         raise ConfigError(f"unknown attention {mechanism!r}; use {', '.join(makers)}{near}")
     device = options.get("device", "cpu")
-    _check_device(device)
+    check_device(device)
     kind, arguments = makers[mechanism]
     module = kind(dim, heads, **arguments).to(**options).train(training)
     x = torch.randn(batch, side, side, dim, requires_grad=training, **options)
     weights = list(module.parameters())
     macs = batch * count_macs(_OnImages(kind(dim, heads, **arguments, device="meta")), (dim, side, side))
-    run = _runner(module, [x], [x, *weights], training, nullcontext)
+    run = one_pass(module, [x], [x, *weights], training, nullcontext)
     return Subject(mechanism, run, side, side * side, macs, sum(p.numel() for p in weights))
 
 
@@ -399,6 +418,9 @@ def machine(device: str = "cpu") -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
+    if hasattr(os, "getloadavg"):
+        # Others' work beside the measurement: CPU time suffers from shared caches, wall time from waiting.
+        about["load"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     for package in ("attnzoo", "torch", "timm", "triton"):
         try:
             about[package] = metadata.version(package)
@@ -414,14 +436,14 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _runner(
+def one_pass(
     call: Callable[..., Any],
     inputs: list[Tensor],
     leaves: list[Tensor],
     training: bool,
     inside: Callable[[], Any],
 ) -> Callable[[], None]:
-    """One pass; backward gives the gradients without keeping them."""
+    """A function that makes one pass; backward gives the gradients of `leaves` without keeping them."""
 
     def run() -> None:
         with torch.set_grad_enabled(training), inside():
@@ -459,7 +481,7 @@ def _macs(model: nn.Module, image: tuple[int, int, int]) -> int | None:
     return counter.get_total_flops() // 2
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device must be cpu or cuda, found {device!r}")

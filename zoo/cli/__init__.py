@@ -38,6 +38,7 @@ def build() -> object:
     app.add_typer(weights.weights, name="weights")
     app.command("visualize")(visualize.visualize)
     app.command("bench")(bench.bench)
+    app.command("choose")(choose.choose)
     app.command("doctor")(models.doctor)
     return app
 
