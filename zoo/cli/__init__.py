@@ -14,7 +14,7 @@ def build() -> object:
     """Build the typer application; imported late so that a shell completion stays fast."""
     import typer
 
-    from zoo.cli import bench, generate, models, recipes, visualize, weights
+    from zoo.cli import bench, choose, generate, models, recipes, visualize, weights
 
     app = typer.Typer(
         name="zoo",
