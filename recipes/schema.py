@@ -465,6 +465,10 @@ class GenerationRecipe(Recipe):
                 "guidance needs a model that knows images of no class: set diffusion.drop_condition=0.1, or "
                 "sampling.guidance=[1.0]"
             )
+        if self.data.vae is not None and self.data.image_size is None:
+            raise ConfigError("data.vae needs data.image_size=PIXELS, the side of what it encodes")
+        if self.data.vae is None and self.data.cache is not None:
+            raise ConfigError("data.cache is where the latents of data.vae lie; give that too")
         if self.optim.layer_decay is not None:
             raise ConfigError("optim.layer_decay is for backbones; leave it out")
         if self.model.drop_path_rate is not None:

@@ -19,6 +19,7 @@ from zoo.errors import ConfigError
 from zoo.layers.words import WordEncoder
 from zoo.recipes import pictures
 from zoo.recipes.data import load_half, prompts
+from zoo.recipes.data.latents import DrawLatents, LatentImages, load_vae, shrinking
 from zoo.recipes.data.loader import BadImage, EpochLoader, Images
 from zoo.recipes.data.transforms import ImageOnly, InputSettings, JointTransform
 from zoo.recipes.files import write_atomically
@@ -186,14 +187,15 @@ class Generation(base.Objective):
                 steps=sampling.steps,
                 generator=generator,
             )
-            pixels = to_pixels(x, self.vae).movedim(1, -1)
+            vae = self.vae.to(device) if self.vae is not None else None
+            pixels = to_pixels(x, vae).movedim(1, -1)
             parts.append((255 * pixels).round().byte().cpu().numpy())
         return np.concatenate(parts)
 
     @cached_property
     def vae(self) -> nn.Module | None:
         """What makes pixels of latents."""
-        return None
+        return vae_of(self.recipe)
 
     def nothing(self, model: nn.Module, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the network is told for no class and no prompt."""
@@ -233,8 +235,18 @@ def scheduler_of(recipe: GenerationRecipe) -> Any:
 
 def sample_shape(model: nn.Module, recipe: GenerationRecipe) -> tuple[int, int, int]:
     """[C, y, x] of what the network sees. Raises ConfigError where nothing says how large that is."""
-    channels = model.x_embedder.proj.in_channels
+    channels, vae = model.x_embedder.proj.in_channels, vae_of(recipe)
     side = recipe.data.image_size
+    if vae is not None:
+        latents, times = vae.config.latent_channels, shrinking(vae) * model.patch_size
+        if latents != channels:
+            raise ConfigError(
+                f"data.vae={recipe.data.vae} has latents of {latents} channels and {recipe.model.name} wants "
+                f"{channels}; set model.args.in_channels={latents}"
+            )
+        if side % times:
+            raise ConfigError(f"data.image_size={side} must be a multiple of {times}: latents in patches")
+        return channels, side // shrinking(vae), side // shrinking(vae)
     if side is None:
         if not hasattr(model, "sample_shape"):
             raise ConfigError(f"{recipe.model.name} is for images of any size; give data.image_size=PIXELS")
@@ -243,6 +255,11 @@ def sample_shape(model: nn.Module, recipe: GenerationRecipe) -> tuple[int, int, 
     if side % patch:
         raise ConfigError(f"data.image_size={side} must be a multiple of the model's patches of {patch}")
     return channels, side, side
+
+
+def vae_of(recipe: GenerationRecipe) -> nn.Module | None:
+    """Return the VAE of a recipe, None where the network sees pixels."""
+    return load_vae(recipe.data.vae) if recipe.data.vae is not None else None
 
 
 # ---- the task
@@ -257,8 +274,14 @@ class GenerationTask(base.Task):
 
     def load_half(self, recipe: GenerationRecipe, *, train: bool) -> Images:
         if recipe.data.name == "digit_pairs":
-            return prompts.DigitPairs(train=train)
-        return load_half(recipe, train=train)
+            images = prompts.DigitPairs(train=train)
+        else:
+            images = load_half(recipe, train=train)
+        vae = vae_of(recipe)
+        if vae is None:
+            return images
+        folder = Path(recipe.data.cache) if recipe.data.cache is not None else None
+        return LatentImages(images, vae, pixel_transform(pixels_of_a_vae(recipe)), folder)
 
     def build_model(self, recipe: GenerationRecipe, num_classes: int) -> nn.Module:
         from zoo import create_model
@@ -282,14 +305,15 @@ class GenerationTask(base.Task):
         return model
 
     def settings(self, recipe: GenerationRecipe, model: nn.Module) -> InputSettings:
-        half = [0.5] * 3
-        return InputSettings(
-            size=sample_shape(model, recipe), mean=half, std=half, interpolation="bicubic", crop_pct=1.0
-        )
+        shape = sample_shape(model, recipe)
+        return pixels_of_a_vae(recipe) if recipe.data.vae is not None else pixel_settings(shape)
 
     def transforms(
         self, recipe: GenerationRecipe, settings: InputSettings
     ) -> tuple[JointTransform, JointTransform]:
+        vae = vae_of(recipe)
+        if vae is not None:
+            return DrawLatents.of(vae, hflip=recipe.augment.hflip, noisy=True), DrawLatents.of(vae)
         flip = [transforms.RandomHorizontalFlip(recipe.augment.hflip)]
         return ImageOnly(pixel_transform(settings, flip)), ImageOnly(pixel_transform(settings))
 
@@ -408,6 +432,18 @@ def _val_batch(recipe: GenerationRecipe) -> int:
     return data.val_batch_size if data.val_batch_size is not None else data.batch_size
 
 
+def pixel_settings(shape: tuple[int, int, int]) -> InputSettings:
+    """Pixels in -1..1 of that shape."""
+    half = [0.5] * 3
+    return InputSettings(size=shape, mean=half, std=half, interpolation="bicubic", crop_pct=1.0)
+
+
+def pixels_of_a_vae(recipe: GenerationRecipe) -> InputSettings:
+    """What the VAE of a recipe sees."""
+    side = recipe.data.image_size
+    return pixel_settings((vae_of(recipe).config.in_channels, side, side))
+
+
 def pixel_transform(settings: InputSettings, changes: Sequence[Any] = ()) -> transforms.Compose:
     """Resize, cut out the centre, and scale to -1..1, grey where the network sees one channel."""
     channels, *size = settings.size
@@ -426,6 +462,7 @@ def pixel_transform(settings: InputSettings, changes: Sequence[Any] = ()) -> tra
 def as_pixels(images: Images, settings: InputSettings, which: Sequence[int]) -> np.ndarray:
     """Some images as the network sees them, uint8 [N, y, x, C]."""
     transform = pixel_transform(settings)
+    images = getattr(images, "images", images)  # those behind latents
     seen = torch.stack([transform(images.load(index)) for index in which])
     return (255 * (seen / 2 + 0.5)).round().byte().movedim(1, -1).numpy()
 
@@ -441,6 +478,7 @@ def pipeline_of(trained: Trained) -> Any:
     return ImagePipeline(
         transformer=trained.model,
         scheduler=scheduler_of(recipe),
+        vae=vae_of(recipe),
         classes=() if prompted else trained.classes,
         words=trained.classes if prompted else (),
         sample_shape=sample_shape(trained.model, recipe),

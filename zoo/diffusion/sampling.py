@@ -196,14 +196,6 @@ class ImagePipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def to_latents(moments: Tensor, vae: nn.Module, noise: Tensor | None = None) -> Tensor:
-    """Latents for a model from a VAE's means and log-variances [B, 2 C, ..]; without noise, the means."""
-    mean, log_variance = moments.chunk(2, dim=1)
-    if noise is not None:
-        mean = mean + noise * (0.5 * log_variance.clamp(-30, 20)).exp()
-    return (mean - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
-
-
 def to_pixels(x: Tensor, vae: nn.Module | None) -> Tensor:
     """Pixels in 0..1 from what a model makes: itself, or a VAE's latents."""
     if vae is not None:

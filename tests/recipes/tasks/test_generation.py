@@ -564,3 +564,77 @@ def test_every_attention_trains_a_step_in_a_dit(recipe_file, attention):
     }
     assert any(".attn." in name for name in moved), "no weight of the attention was trained"
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+# ---- latents
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    """A VAE with random weights that makes 4 channels of 8 x 8 latents of 16 x 16 pixels."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
+        scaling_factor=0.5, shift_factor=0.1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+def latent_overrides(vae_folder: Path, cache: Path) -> list[str]:
+    return [
+        "model.args={depth: 1, hidden_size: 32, num_heads: 2, in_channels: 4}",
+        f"data.vae={vae_folder}", f"data.cache={cache}", "data.image_size=16",
+    ]  # fmt: skip
+
+
+def test_latents_are_computed_once_and_trained_on(run, vae_folder, tmp_path, monkeypatch):
+    options = [*latent_overrides(vae_folder, tmp_path / "cache"), "optim.epochs=1", "sampling.count=2"]
+    run("first", *options)
+    files = (tmp_path / "cache").glob("*.npy")
+    assert sorted(np.load(file).shape for file in files) == [(10, 2, 8, 8, 8), (26, 2, 8, 8, 8)]
+    monkeypatch.setattr(diffusers.AutoencoderKL, "encode", lambda *_: pytest.fail("encoded again"))
+    run("second", *options)
+    assert_same(tmp_path / "first", tmp_path / "second")
+    pipe = ImagePipeline.from_pretrained(tmp_path / "first" / "diffusers")
+    assert isinstance(pipe.vae, diffusers.AutoencoderKL)
+    assert pipe(class_labels=[0], num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_latents_are_those_of_the_vae(image_folder, vae_folder, tmp_path):
+    from zoo.diffusion.sampling import to_pixels
+    from zoo.recipes.data.images import split_of
+    from zoo.recipes.data.latents import DrawLatents, LatentImages, load_vae
+
+    vae, images = load_vae(str(vae_folder)), split_of(image_folder, "val")
+    transform = generation.pixel_transform(generation.pixel_settings((3, 16, 16)))
+    latents = LatentImages(images, vae, transform, tmp_path)
+    with torch.inference_mode():
+        x = transform(images.load(3))[None]
+        expected = [vae.encode(each).latent_dist for each in (x, x.flip(-1))]
+        for hflip, truth in zip((0.0, 1.0), expected, strict=True):
+            found, _ = DrawLatents.of(vae, hflip=hflip)(latents.load(3), 0)
+            torch.testing.assert_close(found, (truth.mean[0] - 0.1) * 0.5, atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(
+                to_pixels(found[None], vae), (vae.decode(truth.mean).sample / 2 + 0.5).clamp(0, 1),
+                atol=5e-3, rtol=0,
+            )  # fmt: skip
+    draws = torch.stack([DrawLatents.of(vae, noisy=True)(latents.load(3), 0)[0] for _ in range(400)])
+    torch.testing.assert_close(draws.std(0), 0.5 * expected[0].std[0], atol=0.1, rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.image_size=null"], "data.vae needs data.image_size"),
+        (["data.image_size=18"], "data.image_size=18 must be a multiple of 4"),
+        (["data.vae=nowhere"], "data.vae=nowhere is no folder of a diffusers AutoencoderKL"),
+        (["model.args={in_channels: 3}"], "latents of 4 channels and dit_digits wants 3"),
+    ],
+)
+def test_latents_that_do_not_fit_are_one_line(run, vae_folder, tmp_path, overrides, words):
+    with pytest.raises(ConfigError, match=words) as refused:
+        run("x", *latent_overrides(vae_folder, tmp_path / "cache"), *overrides)
+    assert "\n" not in str(refused.value)
