@@ -14,7 +14,7 @@ def build() -> object:
     """Build the typer application; imported late so that a shell completion stays fast."""
     import typer
 
-    from zoo.cli import bench, choose, generate, models, recipes, visualize, weights
+    from zoo.cli import bench, choose, generate, models, recipes, runs, visualize, weights
 
     app = typer.Typer(
         name="zoo",
@@ -34,6 +34,8 @@ def build() -> object:
     app.command("eval")(recipes.evaluate)
     app.command("predict")(recipes.predict)
     app.command("generate")(generate.generate)
+    app.command("export")(runs.export)
+    app.add_typer(runs.runs, name="runs")
     app.add_typer(recipes.recipes, name="recipes")
     app.add_typer(weights.weights, name="weights")
     app.command("visualize")(visualize.visualize)
