@@ -16,7 +16,7 @@ from zoo.analysis.maps import (
 from zoo.analysis.neighborhood import explain_neighborhood
 from zoo.analysis.page import attention_page
 from zoo.analysis.pictures import draw_field, draw_heat, draw_maps, draw_query, draw_statistics
-from zoo.analysis.sparsity import TileCount, best_tiles, block_tiles, neighborhood_tiles
+from zoo.analysis.sparsity import TileCount, best_tiles, block_tiles, launched_tiles, neighborhood_tiles
 from zoo.analysis.tokens import GroupAttention, TokenAttention
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "explain_neighborhood",
     "gradient_relevance",
     "head_statistics",
+    "launched_tiles",
     "neighborhood_tiles",
     "query_view",
 ]

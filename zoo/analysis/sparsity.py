@@ -2,7 +2,8 @@
 
 A fused kernel computes every pair of a query tile and a key tile that holds at least one kept pair of tokens,
 and skips the others. Counting the tiles bounds the speedup over full attention before any kernel is written;
-what a kernel reaches is less by its bookkeeping, and by masks inside tiles that are kept in part.
+what a kernel reaches is less by its bookkeeping, and by masks inside tiles that are kept in part. Tests hold
+the counts against what this library's own kernels visit, and the bounds against their compiled instructions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zoo import ops
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, ResourceError
 
 PerAxis = int | Sequence[int]
 
@@ -26,7 +27,7 @@ class TileCount:
 
     query_tile: tuple[int, ...]  # tokens along each axis
     key_tile: tuple[int, ...]
-    dense: int  # pairs of tiles of full attention
+    dense: int  # pairs of tiles, of as many tokens, of full attention
     visited: int  # pairs of tiles with a kept pair of tokens
     full: int  # of these, pairs of tiles where every pair of tokens is kept: no mask is needed
     tokens: int  # pairs of tokens of full attention
@@ -34,7 +35,7 @@ class TileCount:
 
     @property
     def speedup(self) -> float:
-        """The upper bound: full attention in the same tiles, over what is visited."""
+        """The upper bound: full attention in tiles of as many tokens, over what is visited."""
         return self.dense / self.visited if self.visited else math.inf
 
     @property
@@ -57,12 +58,14 @@ def neighborhood_tiles(
     dilation: PerAxis = 1,
     stride: PerAxis = 1,
     is_causal: bool | Sequence[bool] = False,
+    sliding: bool = False,
 ) -> TileCount:
     """Count the tiles of neighborhood attention on a grid of one to three axes.
 
     Tiles are boxes of the grid; with dilation, of the tokens that have the same remainder, which see none of
     the others. A pair of boxes is visited where it is visited along every axis, so each axis is counted alone
-    and any grid is quick.
+    and any grid is quick. Key tiles are cut from the grid once for all, or with `sliding` begin at the first
+    key that the query tile sees, as in this library's kernels: then fewer meet.
 
     Units: everything in tokens; one number stands for every axis.
     Raises: ConfigError for tiles or axes that do not fit; ValueError, as the operation, for its arguments.
@@ -80,9 +83,47 @@ def neighborhood_tiles(
             ("is_causal", is_causal),
         )
     ]
-    counts = [_axis(*each) for each in zip(grid, *axes, strict=True)]
-    dense, visited, full, tokens, kept = (math.prod(column) for column in zip(*counts, strict=True))
+    counts = [_axis(*each, sliding) for each in zip(grid, *axes, strict=True)]
+    visited, full, kept = (math.prod(column) for column in zip(*counts, strict=True))
+    tokens = math.prod(grid) ** 2
+    # Full attention needs neither boxes nor remainders: its tiles are cut from the flat sequence.
+    dense = math.prod(-(-math.prod(grid) // math.prod(tile)) for tile in (axes[1], axes[2]))
     return TileCount(axes[1], axes[2], dense, visited, full, tokens, kept)
+
+
+def launched_tiles(
+    grid: Sequence[int],
+    kernel_size: PerAxis,
+    *,
+    architecture: str = "sm_90",
+    width: int = 128,
+    itemsize: int = 2,
+    biased: bool = False,
+    dilation: PerAxis = 1,
+    stride: PerAxis = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> TileCount:
+    """Count the tiles that the Triton kernel of `ops.neighborhood_attention` visits forward on a GPU.
+
+    The shapes of the tiles are those of its launch plan for heads of `width` channels of `itemsize` bytes.
+    No GPU is needed. Raises: ResourceError without Triton.
+    """
+    try:
+        from zoo.kernels.neighborhood import triton as kernel
+    except ImportError as error:
+        raise ResourceError(f"launch plans need Triton: {error}") from error
+    from zoo.kernels.configs import choose
+    from zoo.kernels.neighborhood.geometry import Axis
+
+    rank = len(tuple(grid))
+    options = {"dilation": dilation, "stride": stride, "is_causal": is_causal}
+    per_axis = [_per_axis("kernel_size", kernel_size, rank)]
+    per_axis += [_per_axis(name, value, rank) for name, value in options.items()]
+    axes = tuple(Axis(*each) for each in zip(grid, *per_axis, strict=True))
+    config = choose("forward with bias" if biased else "forward", architecture, width, itemsize)
+    shape = kernel.tiling_of(axes)(config.queries, config.keys).shape
+    sides = {"query_tile": shape[5 - rank : 5], "key_tile": shape[8 - rank : 8]}
+    return neighborhood_tiles(grid, kernel_size, **sides, **options, sliding=True)
 
 
 def block_tiles(
@@ -156,19 +197,40 @@ def best_tiles(
 
 
 def _axis(
-    length: int, kernel: int, query_tile: int, key_tile: int, dilation: int, stride: int, is_causal: bool
-) -> tuple[int, int, int, int, int]:
-    """Dense, visited and full pairs of tiles, all and kept pairs of tokens along one axis."""
+    length: int,
+    kernel: int,
+    query_tile: int,
+    key_tile: int,
+    dilation: int,
+    stride: int,
+    is_causal: bool,
+    sliding: bool,
+) -> tuple[int, int, int]:
+    """Visited and full pairs of tiles and kept pairs of tokens along one axis."""
     keys = ops.neighborhood_indices((length,), kernel, dilation=dilation, stride=stride, is_causal=is_causal)
     keep = torch.zeros(length, length + 1, dtype=torch.float64)
     keep.scatter_(1, torch.where(keys < 0, length, keys), 1.0)
     keep = keep[:, :length]
     members = [_tiles(length, tile, dilation) for tile in (query_tile, key_tile)]
-    inside = members[0] @ keep @ members[1].T
-    pairs = members[0].sum(1)[:, None] * members[1].sum(1)
-    # Full attention needs no split by remainders: its tiles are cut from the whole axis.
-    dense = -(-length // query_tile) * -(-length // key_tile)
-    return dense, int((inside > 0).sum()), int((inside == pairs).sum()), length * length, int(keep.sum())
+    if sliding:
+        inside, pairs = _from_first_key(members[0], keep, key_tile, dilation)
+    else:
+        inside = members[0] @ keep @ members[1].T
+        pairs = members[0].sum(1)[:, None] * members[1].sum(1)
+    return int((inside > 0).sum()), int((inside == pairs).sum()), int(keep.sum())
+
+
+def _from_first_key(queries: Tensor, keep: Tensor, key_tile: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """Kept and all pairs of tokens of every query tile and its key tiles, laid from the first key it sees."""
+    inside, pairs = [], []
+    for tile in queries.bool():
+        group = int(tile.nonzero()[0]) % dilation
+        seen = keep[tile][:, group::dilation].sum(0)  # by how many queries, along the group
+        first, last = (int(seen.nonzero()[end]) for end in (0, -1))
+        parts = seen[first:].split(key_tile)[: -(-(last + 1 - first) // key_tile)]
+        inside += [part.sum() for part in parts]
+        pairs += [tile.sum() * len(part) for part in parts]
+    return torch.stack(inside), torch.stack(pairs).double()
 
 
 def _tiles(length: int, tile: int, dilation: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 import zoo
 from zoo import ops
-from zoo.analysis.sparsity import best_tiles, block_tiles, neighborhood_tiles
+from zoo.analysis.sparsity import best_tiles, block_tiles, launched_tiles, neighborhood_tiles
 
 
 def brute_force(keep: torch.Tensor, query_tile: list, key_tile: list) -> tuple[int, int]:
@@ -87,6 +89,75 @@ def test_the_best_tiles_come_first():
     found = best_tiles((32, 32), 7, query_tokens=16, key_tokens=16)
     assert len(found) == 25 and found[0].query_tile == (4, 4)
     assert all(a.speedup >= b.speedup for a, b in zip(found, found[1:], strict=False))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_sliding_tiles_agree_with_laying_them_one_by_one(data):
+    """Along one axis: each query tile's keys in runs from the first it sees, within its dilation group."""
+    length, dilation = data.draw(st.integers(6, 40)), data.draw(st.integers(1, 3))
+    kernel = data.draw(st.integers(2, length // dilation))
+    options = {"dilation": dilation, "stride": data.draw(st.integers(1, kernel))}
+    options["is_causal"] = data.draw(st.booleans())
+    query_tile, key_tile = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    keys = ops.neighborhood_indices((length,), kernel, **options)
+    visited = full = 0
+    for group in range(dilation):
+        members = range(group, length, dilation)
+        for start in range(0, len(members), query_tile):
+            queries = members[start : start + query_tile]
+            sees = [{int(key) for key in keys[query] if key >= 0} for query in queries]
+            seen = sorted(set().union(*sees))
+            place = members.index(seen[0])
+            while place < len(members) and members[place] <= seen[-1]:
+                tile = members[place : place + key_tile]
+                visited += 1
+                full += all(key in one for key in tile for one in sees)
+                place += key_tile
+    sides = {"query_tile": query_tile, "key_tile": key_tile}
+    found = neighborhood_tiles((length,), kernel, **sides, **options, sliding=True)
+    assert (found.visited, found.full) == (visited, full)
+    assert found.visited <= neighborhood_tiles((length,), kernel, **sides, **options).visited
+
+
+BUDGET = json.loads((Path(__file__).parents[2] / "aot" / "budget.json").read_text())["costs"]
+MMA = 16 * 8 * 16  # multiply-adds of the tensor-core instruction of sm_80, by a warp
+COMPILED = {  # case of the budget: grid and arguments of the operation, width of a head
+    "neighborhood 13x30x52, 128 wide": (
+        (13, 30, 52),
+        {"kernel_size": (5, 7, 7), "is_causal": (True, False, False)},
+        128,
+    ),
+    "neighborhood 56x56, 32 wide, with bias": ((56, 56), {"kernel_size": 7, "biased": True}, 32),
+}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_the_bound_holds_in_compiled_instructions(case):
+    """The kernel compiled ahead of time computes, in every round of its loop, the tile counted here."""
+    pytest.importorskip("triton")
+    grid, options, width = COMPILED[case]
+    near = BUDGET["sm_80"][f"{case}: forward"]
+    count = launched_tiles(grid, **options, architecture="sm_80", width=width)
+    tile = math.prod(count.query_tile) * math.prod(count.key_tile)
+    assert near["matrix"] * near["warps"] * MMA == tile * 2 * width  # both products of one pair of tiles
+    # So what it multiplies altogether is what the simulator says, and never less than what is kept.
+    assert count.visited * tile >= count.kept
+    assert count.speedup <= count.ideal
+
+
+def test_a_round_of_a_sparse_loop_is_no_shorter_than_a_dense_one():
+    """With the same tile, so that in instructions too the gain stays below the bound."""
+    pytest.importorskip("triton")
+    grid, options, width = COMPILED["neighborhood 13x30x52, 128 wide"]
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        rows = BUDGET[architecture]
+        near = rows["neighborhood 13x30x52, 128 wide: forward"]
+        dense = rows["blocks of 128, 128 wide: forward"]
+        assert near["matrix"] == dense["matrix"] and near["warps"] == dense["warps"]  # the same tile
+        count = launched_tiles(grid, **options, architecture=architecture, width=width)
+        gain = count.dense * dense["loop"] / (count.visited * near["loop"])
+        assert 1 < gain <= count.speedup <= count.ideal
 
 
 def test_mistakes_say_what_is_right():
