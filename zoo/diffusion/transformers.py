@@ -15,6 +15,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.models import dit, mmdit, video_dit
 
 
@@ -47,6 +48,8 @@ class DiTModel(_Diffusers, dit.DiT):
         mlp_ratio: float = 4.0,
         learn_sigma: bool = True,
         frequency_shift: int = 0,
+        time_std: float = 0.02,
+        class_std: float = 0.02,
         attention: str = "global",
         attention_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -89,9 +92,12 @@ class VideoDiTModel(_Diffusers, video_dit.VideoDiT):
         timestep: Tensor,
         encoder_hidden_states: Tensor | None = None,
         return_dict: bool = True,
+        encoder_attention_mask: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Shapes as in `VideoDiT`."""
-        sample = video_dit.VideoDiT.forward(self, hidden_states, timestep, encoder_hidden_states)
+        sample = video_dit.VideoDiT.forward(
+            self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask
+        )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
@@ -123,7 +129,15 @@ class MMDiTModel(_Diffusers, mmdit.MMDiT):
         return_dict: bool = True,
         **conditions: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Shapes and `conditions` (spatial, subjects, keywords, cache ...) as in `MMDiT`."""
+        """Shapes and `conditions` (spatial, subjects, keywords, cache ...) as in `MMDiT`.
+
+        Raises: ConfigError for a mask of the text: as in the published model, padding is text like any other.
+        """
+        if conditions.pop("encoder_attention_mask", None) is not None:
+            raise ConfigError(
+                "encoder_attention_mask must be left out, found one: MMDiT reads padding as text; pad all "
+                "prompts to one length, in training as well"
+            )
         sample = mmdit.MMDiT.forward(
             self, hidden_states, timestep, encoder_hidden_states, pooled_projections, **conditions
         )

@@ -75,9 +75,16 @@ class VideoAttention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(dim // num_heads, eps=1e-6) for _ in range(2))
         self.cross = CrossAttention(dim, num_heads) if has_text else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], lists: Any, text: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lists: Any,
+        text: Tensor | None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
         out = self.proj(self.mix(*self.project(x, rotary), lists).flatten(-2))
-        return out if self.cross is None else out + self.cross(x, text)
+        return out if self.cross is None else out + self.cross(x, text, text_mask)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [B, T, Y, X, H, D]."""
@@ -103,7 +110,7 @@ class VideoAttention(nn.Module):
         return out.unflatten(1, grid)
 
     def attention_weights(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], lists: ops.BlockList | None, text: Tensor | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], lists: ops.BlockList | None, *text: Tensor | None
     ) -> AttentionRecord:
         """Weights of every token over all tokens of the video, for the arguments of `forward`."""
         grid, tokens = tuple(x.shape[1:4]), x[0, ..., 0].numel()
@@ -117,7 +124,7 @@ class VideoAttention(nn.Module):
         keys = torch.arange(tokens, device=x.device).expand(tokens, -1)
         return AttentionRecord(weights, ("batch", "frame", "row", "column", "head", "key"), grid, grid, keys)
 
-    def macs(self, x: Tensor, rotary: Any, lists: ops.BlockList | None, text: Tensor | None) -> int:
+    def macs(self, x: Tensor, rotary: Any, lists: ops.BlockList | None, *text: Tensor | None) -> int:
         """Multiply-adds of both products of self-attention for these arguments of forward."""
         batch, *grid, channels = x.shape
         tokens = math.prod(grid)
@@ -131,20 +138,25 @@ class VideoAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """What a token reads from the text."""
+    """What a token reads from the text; nothing of its padding, and 0 where there is nothing else."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         q = self.q(x).flatten(1, -2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = functional.scaled_dot_product_attention(q, k, v)
+        if text_mask is not None:
+            mask = text_mask[:, None, None]  # [B, 1, 1, M]
+            is_empty = ~mask.any(dim=-1, keepdim=True)
+            mask = mask | is_empty  # torch does not say what attention to nothing is
+            v = v.masked_fill(is_empty, 0.0)
+        out = functional.scaled_dot_product_attention(q, k, v, None if text_mask is None else mask)
         return self.proj(out.transpose(1, 2).flatten(2)).view(x.shape)
 
-    def macs(self, x: Tensor, text: Tensor) -> int:
+    def macs(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> int:
         """Multiply-adds of both products for these arguments of forward."""
         return 2 * x.numel() * text.shape[1]
 
@@ -153,10 +165,11 @@ class VideoDiT(nn.Module):
     """Predict noise or velocity from noisy video latents, a time and, with `text_dim`, a text.
 
     Shapes: latents [B, C, T, height, width] that `patch_size` divides, time [B] or a number, text
-        [B, M, text_dim]; returns the latents' shape. Any size.
+        [B, M, text_dim], text_mask [B, M], bool or 0 and 1, true where the text is no padding; returns the
+        latents' shape. Any size.
     Units: `patch_size` (frames, rows, columns) in latent pixels.
-    Raises: ConfigError for a size that does not divide, an unknown attention or argument of one, or a text
-        where there is none (or none where there is one).
+    Raises: ConfigError for a size that does not divide, an unknown attention or argument of one, a text
+        where there is none (or none where there is one), or a mask that does not fit the text.
     """
 
     def __init__(
@@ -193,17 +206,31 @@ class VideoDiT(nn.Module):
         self._lists: OrderedDict[Any, ops.BlockList | None] = OrderedDict()
         init_as_published(self)
 
-    def forward(self, latents: Tensor, time: Tensor | float, text: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        time: Tensor | float,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
         if (text is None) != (self.text_embedder is None):
             raise ConfigError(
                 f"text must be {'left out' if self.text_embedder is None else 'given'} for this model, "
                 f"found {None if text is None else tuple(text.shape)}"
             )
+        if text_mask is not None:
+            wanted = None if text is None else tuple(text.shape[:2])
+            if tuple(text_mask.shape) != wanted or text_mask.is_floating_point():
+                raise ConfigError(
+                    f"text_mask must be bool, or 0 and 1, for each token of the text {wanted}, found "
+                    f"{text_mask.dtype} {tuple(text_mask.shape)}"
+                )
+            text_mask = text_mask.bool()
         x = self.x_embedder(latents)
         text = None if text is None else self.text_embedder(text)
         condition = self.t_embedder(per_sample(time, latents))
         grid = tuple(x.shape[1:-1])
-        context = (rotary_of(grid, self.head_dim, x.device), self.lists_of(grid, x.device), text)
+        context = (rotary_of(grid, self.head_dim, x.device), self.lists_of(grid, x.device), text, text_mask)
         for block in self.blocks:
             x = run_block(self, block, x, condition, *context)
         x = self.final_layer(x, condition).unflatten(-1, (*self.patch_size, -1))

@@ -227,6 +227,33 @@ def test_any_video_with_and_without_text(attention, grid, text_dim):
         model(x, 1, noise(2, 3, 6) if text is None else None)
 
 
+@pytest.mark.parametrize("attention", ["global", "radial", "neighborhood"])
+def test_the_padding_of_a_text_is_not_read(attention):
+    kwargs = {"radial": RADIAL, "neighborhood": {"kernel_size": 3}, "global": None}[attention]
+    model = tiny_video(attention=attention, attention_kwargs=kwargs, text_dim=6)
+    x, text, mask = noise(3, 4, 5, 4, 4), noise(3, 5, 6), torch.arange(5) < torch.tensor([[5], [2], [0]])
+    with torch.no_grad():
+        found = model(x, 7, text, encoder_attention_mask=mask.long()).sample
+        for sample, length in enumerate((5, 2)):
+            alone = model(x[sample : sample + 1], 7, text[sample : sample + 1, :length]).sample
+            torch.testing.assert_close(found[sample : sample + 1], alone, atol=1e-5, rtol=1e-4)
+        other = model(x, 7, torch.where(mask[..., None], text, 9.0), encoder_attention_mask=mask).sample
+    torch.testing.assert_close(other, found)  # nor is it of a prompt that has nothing else
+    model(x, 7, text, encoder_attention_mask=mask).sample.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    for wrong in (mask[:, :4], mask.float()):
+        with pytest.raises(ConfigError, match=r"text_mask must be bool, .* text \(3, 5\), found torch"):
+            model(x, 7, text, encoder_attention_mask=wrong)
+    with pytest.raises(ConfigError, match="text None, found"):
+        tiny_video()(x, 7, encoder_attention_mask=mask)
+
+
+def test_mmdit_reads_padding_as_published_and_refuses_a_mask():
+    model, arguments = model_and_arguments("mmdit")
+    with pytest.raises(ConfigError, match="encoder_attention_mask must be left out, found one"):
+        model(*arguments, encoder_attention_mask=torch.ones(1, 5))
+
+
 def test_a_window_over_the_whole_video_is_global_attention():
     x = noise(1, 4, 3, 8, 6)
     near = tiny_video(attention="neighborhood", attention_kwargs={"kernel_size": 99})
