@@ -19,7 +19,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 31 * sum(shape)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiny:
     """How to build a model, the arguments of its forward and of its pipeline, and where its tokens lie.
 
@@ -448,6 +448,23 @@ def flux_inputs(grid: tuple[int, ...] = (5, 6), *, batch: int = 2, timestep: flo
         "txt_ids": torch.zeros(TEXT, 3),
         "return_dict": False,
     }
+
+
+def conditioned_inputs(
+    grid: tuple[int, int] = (3, 4),
+    lengths: tuple[int, ...] = (12, 5),
+    timestep: float = 0.9,
+    batch: int = 2,
+) -> dict[str, Any]:
+    """An image and conditions of so many tokens after it; the image is another one at every step."""
+    inputs = flux_inputs(grid, batch=batch, timestep=timestep)
+    parts = [noise(*inputs["hidden_states"].shape, seed=int(100 * timestep))]
+    ids = [inputs["img_ids"]]
+    for number, length in enumerate(lengths, start=1):
+        parts.append(noise(batch, length, 4, seed=number))
+        place = torch.arange(length)
+        ids.append(torch.stack([torch.full((length,), number), place // 4, place % 4], dim=-1).float())
+    return {**inputs, "hidden_states": torch.cat(parts, dim=1), "img_ids": torch.cat(ids)}
 
 
 def flux_pipe(layers: int = 1) -> Any:

@@ -243,25 +243,25 @@ class AgentProcessor(Processor):
         layout = self.state.layout
         return None if layout is None else TokenLayout(text=0, grid=coarser(layout.grid, self.downsample))
 
-    def __call__(
+    def compute(
         self,
         attn: nn.Module,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-        encoder_hidden_states_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        *others: Any,
     ) -> Any:
+        others = (encoder_hidden_states, attention_mask, *others)
         source, self.source = self.source, None
         plans = self.state.groups[0].plan if self.state.sparse else None
         plan = plans.get(self.layout.grid) if plans else None
         if plan is None or attention_mask is not None or source is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+            return super().compute(attn, hidden_states, *others)
         self.layout_for(hidden_states)
         merger = Merger(source, plan)
         out = self.attention(attn, hidden_states, merger, plan)
         if self.state.errors is not None:
-            stock = super().__call__(attn, hidden_states, encoder_hidden_states)
+            stock = super().compute(attn, hidden_states, *others)
             error = (out.float() - stock.float()).norm() / stock.float().norm().clamp_min(1e-30)
             self.state.errors[self.name] = float(error)
             return stock

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,26 +77,69 @@ class Group:
 class State:
     """What the processors of one handle read; a step number would recompile the model at every step.
 
-    Guidance may call several times in a step: `is_first_call` of them, `prompt` numbers their prompts, and
-    `has_prompt` says that it is that of the first call. A model in training gets timesteps that are samples,
-    no steps of a generation. While the handle compares with dense attention, `is_comparing` says so and
-    `errors` takes what each layer finds. `is_removed`: none of it holds any more.
-    `found` keeps, for every layer, what this forward found in the memory of its processor: a block that is
-    computed again for its gradient must find the same and remember nothing.
+    A model in training gets timesteps that are samples, no steps of a generation. While the handle compares
+    with dense attention, `errors` takes what each layer finds. `is_removed`: none of it holds any more.
+    `task` is the backward in which this forward runs, -1 for none, and `kind` what it shares with others
+    that attend alike; `live` are those kinds of forwards with a gradient that backward may still ask for.
     """
 
     sparse: bool = False
     is_training: bool = False
-    is_first_step: bool = True
-    is_first_call: bool = True
-    prompt: int = 0
-    has_prompt: bool = True
     layout: TokenLayout | None = None
     groups: tuple[Group, ...] = ()
-    is_comparing: bool = False
     errors: dict[str, float] | None = None
     is_removed: bool = False
-    found: dict[str, Any] | None = None
+    task: int = -1
+    kind: Any = None
+    live: list[State] = field(default_factory=list)
+
+    @contextmanager
+    def as_in(self, then: State) -> Iterator[None]:
+        """Be for a while what it was then."""
+        now = copy(self)
+        vars(self).update(vars(then))
+        try:
+            yield
+        finally:
+            vars(self).update(vars(now))
+
+    def keep_for_backward(self) -> None:
+        """Keep what a block needs that somebody else's checkpoint computes again: two kinds are a doubt."""
+        if self.live and self.live[0].task != -1:  # a backward has asked for it
+            self.live.clear()
+        if len(self.live) < 2 and all(then.kind != self.kind for then in self.live):
+            self.live.append(copy(self))
+
+    def of_this_backward(self, *, remembers: bool) -> State:
+        """The state of the forward whose block backward computes again, or ConfigError where that is open."""
+        if len(self.live) != 1 or (remembers and self.live[0].kind != self.kind):
+            raise ConfigError(
+                "a checkpoint around a block computes it again in backward, found forwards of several "
+                "geometries, steps or modes before it; use enable_gradient_checkpointing() of the model, or "
+                "call backward after each of them"
+            )
+        self.live[0].task = running_backward()
+        return self.live[0]
+
+
+def running_backward() -> int:
+    """Number of the backward that is running, -1 for none."""
+    return torch._C._current_graph_task_id()
+
+
+@dataclass(frozen=True)
+class Call:
+    """Which of the calls of a step a forward is: guidance may need several, with prompts of their own.
+
+    `prompt` numbers the prompt; `has_prompt` says that it is that of the step's first call. A call that
+    compares with dense attention is none of a generation.
+    """
+
+    prompt: int = 0
+    has_prompt: bool = True
+    is_first_step: bool = True
+    is_first_call: bool = True
+    is_comparing: bool = False
 
 
 class Processor:
@@ -111,6 +156,8 @@ class Processor:
     _parallel_config = None
     # Older processors of diffusers know no backends: the process-wide default must not reach them either.
     dispatches = True
+    # What `prepare` gave to this forward and what `attend` found in it: another object for every forward.
+    memory: Any = None
 
     def __init__(self, name: str, adapter: Adapter, original: Any, state: State, config: Any) -> None:
         self.name = name
@@ -137,6 +184,25 @@ class Processor:
                 "encoder_hidden_states_mask": encoder_hidden_states_mask,
             }
             return self.original(attn, hidden_states, **{k: v for k, v in given.items() if v is not None})
+        compute = partial(
+            self.compute, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb,
+            encoder_hidden_states_mask,
+        )  # fmt: skip
+        if torch.compiler.is_compiling() or running_backward() == self.state.task:
+            return compute()
+        with self.state.as_in(self.state.of_this_backward(remembers=self.memory is not None)):
+            return compute()
+
+    def compute(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        image_rotary_emb: Any,
+        encoder_hidden_states_mask: Tensor | None,
+    ) -> Any:
+        """Do what the model's own processor does, sparsely where this forward is sparse."""
         query, key, value = self.adapter.project(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb
         )  # [B, N, H, D]
@@ -161,6 +227,12 @@ class Processor:
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         """Register what this layer needs beside its processor; the handle removes it."""
         return []
+
+    def prepare(self, call: Call, layout: TokenLayout, batch: int, device: torch.device) -> None:
+        """Before each forward of a generation, outside of any graph: set `memory`, for methods with one."""
+
+    def keep(self) -> None:
+        """Before the next forward: remember what the latest one found."""
 
     def forget(self, prompt: int) -> None:
         """A generation may begin with this prompt: what is remembered of it is of one before."""
@@ -271,15 +343,25 @@ class Site:
 class Handle:
     """A method applied to a pipeline or transformer, until `remove()` or the end of a `with` block.
 
-    A model in training mode is sparse at every call, `dense_steps` or not: it is trained at random times.
+    A model in training mode is sparse at every call, `dense_steps` or not: it is trained at random times, and
+    what was counted or remembered of a generation before is forgotten.
+    Steps are counted by changes of the timestep, which guidance does not make; where a pipeline's scheduler
+    evaluates several times in a step (Heun, KDPM2), by the scheduler.
     """
 
     def __init__(
-        self, sites: list[Site], processor: type[Processor], config: Config, method: str, dense_steps: int
+        self,
+        sites: list[Site],
+        processor: type[Processor],
+        config: Config,
+        method: str,
+        dense_steps: int,
+        target: Any = None,
     ) -> None:
         self.method = method
         self.config = config
         self.dense_steps = dense_steps
+        self._target = target
         self._sites = sites
         self._state = State()
         self._plans: OrderedDict[Any, Any] = OrderedDict()
@@ -317,9 +399,15 @@ class Handle:
 
     def reset(self) -> None:
         """Start counting steps anew; needed only after a generation that was broken off."""
+        self._forget_generation()
+        self._state.live.clear()
+
+    def _forget_generation(self) -> None:
         self._step, self._timestep = -1, float("-inf")
+        self._scheduler_calls, self._is_driven = 0, False
         self._prompts: list[Tensor] = []
         self._first_prompt = self._next_prompt = 0
+        self._call = Call()
 
     def stats(self) -> Stats:
         """Say how much was computed and saved so far."""
@@ -344,8 +432,7 @@ class Handle:
                 while isinstance(function, Checkpointing) and not function.handle._active:
                     function = function.original
                 module._gradient_checkpointing_func = function
-        # Agent attention asks for the plan first.
-        self._state.is_removed, self._state.sparse = True, False
+        self._state.is_removed = True
 
     def compare_dense(self, *args: Any, transformer: nn.Module | None = None, **kwargs: Any) -> Comparison:
         """Run a transformer once dense and once sparse and say how far apart they are.
@@ -358,7 +445,6 @@ class Handle:
             raise ConfigError("compare_dense needs a transformer that this handle changes, before remove()")
         entry, state = known[0].entry, self._state
         outputs = {}
-        state.is_comparing = True
         try:
             with torch.no_grad():
                 # Sparse and dense at every layer, going on with dense: each layer is judged by itself.
@@ -371,11 +457,14 @@ class Handle:
                         layers = state.errors
         finally:
             self._forced = state.errors = None
-            state.is_comparing = False
         dense = outputs["dense"]
         error = (outputs["sparse"] - dense).norm() / dense.norm().clamp_min(1e-30)
         keep, whole = self._pairs(known[0], 1) if state.sparse else (1, 1)
         return Comparison(float(error), layers, keep / whole)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model must not take the pipeline along."""
+        return {**vars(self), "_target": None}
 
     def __enter__(self) -> Handle:
         if not self._active:
@@ -404,16 +493,28 @@ class Handle:
         hidden_states = arguments["sample" if "sample" in arguments else "hidden_states"]
         if torch.is_grad_enabled():
             self._watch_checkpoints(site)
-        self._state.is_training = site.model.training
-        if self._forced is None and not site.model.training:
-            self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
-            self._number_prompt(self.config.prompt(arguments))
-        sparse = site.model.training or self._step >= self.dense_steps
+        state, batch = self._state, len(hidden_states)
+        state.task, state.is_training = running_backward(), site.model.training
+        if self._forced is None and state.is_training:
+            self._forget_generation()
+        elif self._forced is None:
+            is_first_call = self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
+            self._call = Call(is_first_step=self._step == 0, is_first_call=is_first_call)
+        prompt = self.config.prompt(arguments)
+        if prompt is not None:
+            self._prepare(prompt, layout, batch, hidden_states.device)
+        sparse = state.is_training or self._step >= self.dense_steps
         sparse = sparse if self._forced is None else self._forced
-        groups = self._groups(site.adapter, layout, arguments, hidden_states)
-        self._state.layout, self._state.groups = layout, groups
-        self._state.found = {} if torch.is_grad_enabled() else None
-        self._state.sparse = sparse and any(group.plan is not None for group in groups)
+        mask = self._text_mask(site.adapter, arguments, batch)
+        state.layout = layout
+        state.groups = self._groups(site.adapter, layout, mask, hidden_states.device)
+        state.sparse = sparse and any(group.plan is not None for group in state.groups)
+        if torch.is_grad_enabled() and state.task == -1:
+            state.kind = (
+                site.adapter.model, layout, state.sparse, state.is_training, self._phase,
+                None if mask is None else mask.numpy().tobytes(), None if prompt is None else self._call,
+            )  # fmt: skip
+            state.keep_for_backward()
         if self._forced is None:
             self._count_work(site, hidden_states, layout)
 
@@ -430,7 +531,7 @@ class Handle:
         """
         if not self._active or torch.compiler.is_compiling():  # a graph has taken the state in already
             return original(block, *args)
-        then = copy(self._state)
+        then, memories = copy(self._state), [processor.memory for processor in self._processors]
 
         def compute(*args: Any, **kwargs: Any) -> Any:
             if not self._active:
@@ -438,23 +539,55 @@ class Handle:
                     "gradient checkpointing computes blocks again in backward, found the handle of "
                     f"apply_{self.method} removed; call backward before remove()"
                 )
-            now = copy(self._state)
-            vars(self._state).update(vars(then))
-            try:
-                return block(*args, **kwargs)
-            finally:
-                vars(self._state).update(vars(now))
+            now = [processor.memory for processor in self._processors]
+            with self._state.as_in(replace(then, task=running_backward())):
+                try:
+                    self._remember(memories)
+                    return block(*args, **kwargs)
+                finally:
+                    self._remember(now)
 
         return original(compute, *args)
 
-    def _groups(
-        self, adapter: Adapter, layout: TokenLayout, arguments: Mapping[str, Any], hidden_states: Tensor
-    ) -> tuple[Group, ...]:
-        batch, device = len(hidden_states), hidden_states.device
+    @property
+    def _phase(self) -> Any:
+        return self.config.phase(max(self._step, 0))
+
+    @property
+    def _processors(self) -> list[Processor]:
+        return [processor for site in self._sites for processor in site.processors.values()]
+
+    def _remember(self, memories: list[Any]) -> None:
+        for processor, memory in zip(self._processors, memories, strict=True):
+            processor.memory = memory
+
+    def _prepare(self, prompt: Tensor, layout: TokenLayout, batch: int, device: torch.device) -> None:
+        """Let the processors remember the latest forward and tell them which call this one is."""
+        for processor in self._processors:
+            processor.keep()
+            if self._state.is_training:
+                processor.memory = None
+        if self._state.is_training:
+            return
+        if self._forced is None:
+            self._number_prompt(prompt)
+        call = replace(self._call, is_comparing=self._forced is not None)
+        for processor in self._processors:
+            processor.prepare(call, layout, batch, device)
+
+    def _text_mask(self, adapter: Adapter, arguments: Mapping[str, Any], batch: int) -> Tensor | None:
+        """Which text tokens are no padding, bool [B, text] on the CPU; None where none is."""
         mask = None if adapter.text_mask is None else adapter.text_mask(arguments)
-        if mask is None or bool(mask.all()):
-            return (Group(None, None, layout.text, self._plan(adapter, layout, layout.text, device)),)
+        if mask is None:
+            return None
         mask = mask.bool().cpu().expand(batch, -1)  # several videos of a prompt share its mask
+        return None if bool(mask.all()) else mask
+
+    def _groups(
+        self, adapter: Adapter, layout: TokenLayout, mask: Tensor | None, device: torch.device
+    ) -> tuple[Group, ...]:
+        if mask is None:
+            return (Group(None, None, layout.text, self._plan(adapter, layout, layout.text, device)),)
         kinds, which = mask.unique(dim=0, return_inverse=True)
         groups = []
         for number, kept in enumerate(kinds):
@@ -469,7 +602,7 @@ class Handle:
 
     def _plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device) -> Any:
         """Make a plan once for each geometry: every layer and step uses the same tensors."""
-        phase = self.config.phase(max(self._step, 0))
+        phase = self._phase
         key = (adapter.model, layout, text, str(device), phase)
         if key not in self._plans:
             # A plan made under torch.inference_mode must serve training as well.
@@ -480,46 +613,63 @@ class Handle:
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    def _count_step(self, timestep: Any, *, rises: bool) -> None:
+    def _count_step(self, timestep: Any, *, rises: bool) -> bool:
         """Count changes, not calls: guidance calls the model twice per step. A step back is a new generation.
 
         Frames that are given, not made, may have a timestep of 0 of their own: the noisiest token counts.
+        Returns: whether this is the first call with this timestep.
         """
         now = float(torch.as_tensor(timestep).detach().max())
         now = -now if rises else now
-        self._state.is_first_call = now != self._timestep
+        is_first_call = now != self._timestep
         if now > self._timestep:
             self._step = 0
         elif now < self._timestep:
             self._step += 1
         self._timestep = now
-        self._state.is_first_step = self._step == 0
+        step = self._step_of_scheduler(is_first_call)
+        self._step = self._step if step is None else step
+        return is_first_call
 
-    def _number_prompt(self, prompt: Tensor | None) -> None:
+    def _step_of_scheduler(self, is_first_call: bool) -> int | None:
+        """The step, as the pipeline's scheduler counts, where one step has several timesteps.
+
+        None for all other schedulers, and where this one does not begin and go on with the timesteps: the
+        model is called without its pipeline.
+        """
+        scheduler = getattr(self._target, "scheduler", None)
+        order, calls = getattr(scheduler, "order", 1), getattr(scheduler, "step_index", None)
+        begin = getattr(scheduler, "begin_index", None) or 0
+        calls = begin if calls is None else calls  # it begins to count at the end of the first step
+        if is_first_call:
+            is_new = self._step == 0
+            self._is_driven = calls == begin if is_new else self._is_driven and calls != self._scheduler_calls
+        self._scheduler_calls = calls
+        return (calls - begin) // order if order > 1 and self._is_driven else None
+
+    def _number_prompt(self, prompt: Tensor) -> None:
         """Tell prompts apart by what they are: a generation that follows one that was broken off in its first
         step, or had but one, begins at the same timestep and looks like a further call of that step.
         """
-        if prompt is None:
-            return
-        state, prompts = self._state, self._prompts
+        call, prompts = self._call, self._prompts
         kind = lambda x: (x.shape, x.dtype, x.device)  # noqa: E731
         same = (i for i, x in enumerate(prompts) if kind(x) == kind(prompt) and torch.equal(x, prompt))
         number = next(same, None)
-        if number is None and state.is_first_step:
+        if number is None and call.is_first_step:
             number, self._next_prompt = self._next_prompt, (self._next_prompt + 1) % PROMPTS
             prompts[number : number + 1] = [prompt.detach().clone()]
-        elif number is None and state.is_first_call:
+        elif number is None and call.is_first_call:
             # A prompt that changes on the way goes on with what is remembered of the step before.
             number = self._first_prompt
-            prompts[number] = prompt.detach().clone()
-        if state.is_first_step:  # here, because dense steps do not ask the processors to attend
-            for site in self._sites:
-                for processor in site.processors.values():
-                    processor.forget(number)
-        if state.is_first_call:
+            prompts[number : number + 1] = [prompt.detach().clone()]
+        if call.is_first_step:  # here, because dense steps do not ask the processors to attend
+            for processor in self._processors:
+                processor.forget(number)
+        if call.is_first_call:
             self._first_prompt = number
-        state.prompt = self._first_prompt if number is None else number
-        state.has_prompt = number == self._first_prompt
+        has_prompt = number == self._first_prompt
+        number = self._first_prompt if number is None else number
+        self._call = replace(call, prompt=number, has_prompt=has_prompt)
 
     def _count_work(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> None:
         """Count here, not in the processors: a counter there would recompile the model at every step."""
@@ -602,7 +752,7 @@ def apply(
     sites = find_sites(target, method, dense_layers)
     for site in sites:
         config.check(site.adapter.axes)
-    return Handle(sites, processor, config, method, dense_steps)
+    return Handle(sites, processor, config, method, dense_steps, target)
 
 
 def find_sites(target: Any, method: str, dense_layers: int | Sequence[int | str] = 0) -> list[Site]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.diffusion.adapters import Adapter, flux_layout
-from zoo.diffusion.handle import Config, Handle, Processor, apply
+from zoo.diffusion.handle import Call, Config, Handle, Processor, apply
 from zoo.errors import ConfigError
 from zoo.layers.pka import (
     COMBINES,
@@ -111,10 +111,23 @@ class PKAConfig(Config):
         return ops.explain("block_sparse_attention", query, key, key, blocks, backend=self.backend).backend
 
 
+@dataclass(eq=False)
+class Memory:
+    """Masks [B, N] of one forward in one layer: by which the image is routed, and where the keywords are."""
+
+    routed: list[Tensor | None]
+    found: list[Tensor | None] | None = None
+
+
 class PKAProcessor(Processor):
-    """Relates text, image and conditions; remembers from step to step where the keywords are."""
+    """Relates text, image and conditions; remembers from step to step where the keywords are.
+
+    What changes from step to step is decided in `prepare` and `keep`, outside of compiled graphs: these take
+    masks and give masks, at every step the same way.
+    """
 
     config: PKAConfig
+    memory: Memory | None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -122,44 +135,49 @@ class PKAProcessor(Processor):
         self.keywords = KeywordState(
             config.keywords, epsilon=config.epsilon, norm=config.norm, refresh=config.refresh
         )
-        self.everywhere: list[Tensor | None] = [None] * len(config.keywords)
         self.masks: dict[int, list[Tensor | None]] = {}  # of each prompt, by the latest step
-        self.routed = self.everywhere  # by what this step attends
+        self.routed: list[Tensor | None] | None = None  # by what this step attends, None for all
+        self.keeps: int | None = None  # the prompt for which the latest forward is to be remembered
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: str) -> Tensor:
         if plan != "pka":
             return group_attention(query, key, value, layout, relation=plan)
         config = self.config
-        seen = query[:, layout.image_slice], key[:, layout.text_slice]
-        if self.state.is_training:  # there is no step before
-            routed = self.keywords.routed_by(*seen)
-        else:
-            found = self.state.found
-            routed = None if found is None else found.get(self.name)
-            if routed is None:
-                routed = self.routed_from_before(*seen)
-            if found is not None:
-                found[self.name] = routed
+        routed = self.keywords.routed_by(query[:, layout.image_slice], key[:, layout.text_slice])
+        if not self.state.is_training:  # there, there is no step before
+            self.memory.found = routed
+            # Offloading moves the inputs after the masks were made.
+            routed = [None if mask is None else mask.to(query.device) for mask in self.memory.routed]
         return pka_attention(
             query, key, value, layout, routed=routed, paa_radius=config.paa_radius, combine=config.combine,
             text_to_condition=config.text_to_condition, backend=config.backend,
         )  # fmt: skip
 
-    def routed_from_before(self, query_image: Tensor, key_text: Tensor) -> list[Tensor | None]:
-        """The masks of this step, by the step before; remember those for the next one.
+    def prepare(self, call: Call, layout: TokenLayout, batch: int, device: torch.device) -> None:
+        """Choose the masks of this call, which are those of the step before.
 
         At the first step there are none, and any of its calls may be the one with the prompt. Later it is
         the first call of a step that has it: guidance calls again without the keywords.
         """
-        state, config = self.state, self.config
-        known = self.masks.get(state.prompt, self.everywhere)
-        if state.is_comparing:
-            return known
-        if state.is_first_step or state.is_first_call:
-            self.routed = self.everywhere if state.is_first_step else known
-            if state.is_first_step or config.refresh == "every" or state.prompt not in self.masks:
-                self.masks[state.prompt] = self.keywords.routed_by(query_image, key_text)
-        return self.routed if state.has_prompt or config.share_routing else self.everywhere
+        known = self.masks.get(call.prompt)
+        routed = known
+        if not call.is_comparing:
+            if call.is_first_step or call.is_first_call:
+                self.routed = None if call.is_first_step else known
+                if call.is_first_step or known is None or self.config.refresh == "every":
+                    self.keeps = call.prompt
+            routed = self.routed if call.has_prompt or self.config.share_routing else None
+        everywhere = torch.ones(batch, layout.image, dtype=torch.bool, device=device)
+        routed = [None] * len(self.config.keywords) if routed is None else routed
+        self.memory = Memory([
+            None if words is None else everywhere if mask is None or mask.shape != everywhere.shape else mask
+            for words, mask in zip(self.config.keywords, routed, strict=True)
+        ])  # fmt: skip
+
+    def keep(self) -> None:
+        if self.keeps is not None and self.memory is not None and self.memory.found is not None:
+            self.masks[self.keeps] = self.memory.found
+        self.keeps = None
 
     def forget(self, prompt: int) -> None:
         self.masks.pop(prompt, None)

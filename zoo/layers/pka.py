@@ -169,7 +169,10 @@ def routed_attention(
         out, lse = attention_with_lse(query, key, value, scale, backend)
         visible = routed
     else:
-        rows = int(routed.sum(dim=1).max()) if routed.numel() else 0
+        counts = routed.sum(dim=1).tolist()
+        if all(count == routed.shape[1] for count in counts):
+            return attention_with_lse(query, key, value, scale, backend)
+        rows = max(counts, default=0)
         order = routed.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :rows]
         index = order[..., None, None].expand(-1, -1, *query.shape[2:])
         out, lse = attention_with_lse(query.gather(1, index), key, value, scale, backend)

@@ -161,6 +161,18 @@ def test_timesteps_of_training_are_no_steps(flux, inputs):
         assert handle.step == 0 and handle.stats().sparse_calls == 16
 
 
+def test_training_after_a_generation_forgets_its_steps(flux, inputs):
+    with diffusion.apply_neighborhood(flux, 3, dense_steps=1) as handle:
+        for timestep in (1.0, 0.5):
+            outputs(flux, inputs(timestep=timestep))
+        assert handle.step == 1
+        outputs(flux.train(), inputs(timestep=0.2))
+        assert handle.step == -1
+        handle.compare_dense(**inputs())
+        outputs(flux.eval(), inputs(timestep=0.4))  # later than where that generation ended, but another one
+        assert handle.step == 0 and handle.stats().sparse_calls == 2 * 4
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0], ids=["no guidance", "two calls per step"])
 def test_a_pipeline_runs_its_first_steps_dense_at_every_generation(make_pipe, run, guidance):
     pipe = make_pipe()
@@ -353,19 +365,3 @@ def test_a_compiled_transformer_has_one_graph_for_dense_and_one_for_sparse_steps
     assert counter.frame_count == 2
     assert (handle.stats().calls, handle.stats().sparse_calls) == (6, 4)
     assert all((a - b).abs().max() <= 1e-5 for a, b in zip(found, wanted, strict=True))
-
-
-@pytest.mark.slow
-def test_compiled_blocks_have_one_graph_more_each_for_sparse_steps(make_flux, inputs):
-    steps = [inputs((4, 4), timestep=1 - n / 10) for n in range(6)]
-
-    def graphs(dense_steps: int) -> int:
-        torch.compiler.reset()
-        counter, model = CompileCounter(), make_flux(layers=1, single_layers=1)
-        model.compile_repeated_blocks(backend=counter, fullgraph=True)
-        with diffusion.apply_neighborhood(model, 3, dense_steps=dense_steps):
-            for x in steps:
-                outputs(model, x)
-        return counter.frame_count
-
-    assert graphs(dense_steps=2) == graphs(dense_steps=6) + 2  # a double and a single stream block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
 from goldens import cases, golden
-from tiny_diffusion import FLUX, build_flux, flux_inputs, masked_sdpa, noise, train_lora
+from tiny_diffusion import FLUX, build_flux, masked_sdpa, noise, train_lora
+from tiny_diffusion import conditioned_inputs as conditioned
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import ConfigError, diffusion
@@ -325,19 +328,6 @@ def test_times_lean_to_noise():
 # Flux ------------------------------------------------------------------------------------------------------
 
 
-def conditioned(
-    grid: tuple[int, int] = (3, 4), lengths: tuple[int, ...] = (12, 5), timestep: float = 0.9
-) -> dict:
-    inputs = flux_inputs(grid, timestep=timestep)
-    image = noise(*inputs["hidden_states"].shape, seed=int(100 * timestep))  # another one at every step
-    parts, ids = [image], [inputs["img_ids"]]
-    for number, length in enumerate(lengths, start=1):
-        parts.append(noise(2, length, 4, seed=number))
-        place = torch.arange(length)
-        ids.append(torch.stack([torch.full((length,), number), place // 4, place % 4], dim=-1).float())
-    return {**inputs, "hidden_states": torch.cat(parts, dim=1), "img_ids": torch.cat(ids)}
-
-
 @torch.no_grad()
 def output(model: torch.nn.Module, inputs: dict, mask: Tensor | None = None) -> Tensor:
     with masked_sdpa(lambda *_: None if mask is None else mask[:, None]):
@@ -479,6 +469,29 @@ def test_a_block_computed_again_for_its_gradient_has_the_masks_of_its_step():
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     torch.testing.assert_close(gradients(True), gradients(False), atol=1e-6, rtol=1e-4)
+
+
+def test_a_checkpoint_of_somebody_else_has_the_masks_of_its_step_or_refuses():
+    settings = {"conditions": KINDS, "keywords": [[2, 3]], "epsilon": 0.7}
+
+    def model_with_checkpoints() -> torch.nn.Module:
+        model = build_flux()
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        return model
+
+    def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+        with diffusion.apply_pka(model, **settings):
+            for timestep in (0.9, 0.6, 0.3):
+                model(**conditioned(timestep=timestep))[0].square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    again = model_with_checkpoints()
+    torch.testing.assert_close(gradients(again), gradients(build_flux()), atol=1e-6, rtol=1e-4)
+    with diffusion.apply_pka(again, **settings):
+        loss = sum(again(**conditioned(timestep=t))[0].square().mean() for t in (0.9, 0.6))
+        with pytest.raises(ConfigError, match="call backward after each of them"):
+            loss.backward()
 
 
 def test_sizes_and_conditions_may_change_and_a_second_generation_equals_the_first():

@@ -236,26 +236,27 @@ def test_batch_elements_are_apart_and_a_negative_prompt_may_be_padded_otherwise(
             torch.testing.assert_close(model(**one)[0], both[i : i + 1], atol=1e-5, rtol=1e-4)
 
 
-def test_lora_for_longer_videos_trains_and_travels_as_diffusers_saves_it(tmp_path):
+@pytest.mark.parametrize("tiny", [WAN, HUNYUAN], ids=repr)
+def test_lora_for_longer_videos_trains_and_travels_as_diffusers_saves_it(tiny, tmp_path):
     pytest.importorskip("peft", reason="pip install 'attnzoo[diffusion]'")
     from peft.utils import get_peft_model_state_dict
 
     settings = {"block_size": 4, "decimation_threshold": 8}
-    grid, pipe, other = (9, 2, 4), WAN.pipe(), WAN.pipe()  # four times as long as the other tests' videos
-    inputs = WAN.inputs(grid)
+    grid, pipe, other = (9, 2, 4), tiny.pipe(), tiny.pipe()  # longer than the other tests' videos
+    inputs = tiny.inputs(grid)
     with diffusion.apply_radial_attention(pipe, **settings):
         train_lora(
             pipe.transformer, ["to_q", "to_k", "to_v", "to_out.0"], lambda: pipe.transformer(**inputs)[0]
         )
-        wanted = WAN.generate(pipe, grid, steps=2)
+        wanted = tiny.generate(pipe, grid, steps=2)
     layers = get_peft_model_state_dict(pipe.transformer)
     type(pipe).save_lora_weights(tmp_path, transformer_lora_layers=layers)
     with diffusion.apply_radial_attention(other, **settings):
-        plain = WAN.generate(other, grid, steps=2)
+        plain = tiny.generate(other, grid, steps=2)
         other.load_lora_weights(tmp_path)
-        torch.testing.assert_close(WAN.generate(other, grid, steps=2), wanted)
+        torch.testing.assert_close(tiny.generate(other, grid, steps=2), wanted)
         other.unload_lora_weights()
-        assert torch.equal(WAN.generate(other, grid, steps=2), plain)
+        assert torch.equal(tiny.generate(other, grid, steps=2), plain)
     assert (wanted - plain).abs().max() > 1e-3
 
 
