@@ -6,6 +6,7 @@
     python scripts/bench/compile_kernels.py --budget           every case for every architecture: write
                                                                tests/aot/budget.json, kernels/README.md
     python scripts/bench/compile_kernels.py --check            the same, only compared with what is there
+    python scripts/bench/compile_kernels.py all norms --budget     or --check: of these cases alone
 
 The launchers run as users run them, on CPU tensors; only the launch itself is replaced. `--choose` takes for
 every kernel, width and dtype the first tile size of `WISHES` that neither spills a register nor exceeds the
@@ -21,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -196,6 +197,42 @@ def agents(width: int, tokens: int, count: int) -> None:
     ops.agent_attention(q, k, v, few, bias_in=bias_in, bias_out=bias_out).sum().backward()
 
 
+def sampled_keys(width: int, side: int, count: int) -> None:
+    """Attention to sampled keys with the table's bias, forward and backward, and the sampling itself."""
+    q, k, v = leaves((2, side, side, 2, width), (2, count, 2, width), (2, count, 2, width))
+    positions, table = torch.zeros(2, 2, count, 2), torch.zeros(2, 2 * side - 1, 2 * side - 1)
+    positions.requires_grad_(), table.requires_grad_()
+    ops.deformable_attention(q, k, v, positions, table=table).sum().backward()
+
+
+def samples(channels: int, side: int, count: int) -> None:
+    """A map read between its tokens, forward and backward."""
+    (x,) = leaves((2, side, side, channels))
+    ops.deformable_sample(x, torch.zeros(2, 2, count, 2, requires_grad=True)).sum().backward()
+
+
+def own_places(width: int, side: int, radius: int) -> None:
+    """Attention to the keys around a query's own place, forward and backward."""
+    ops.aligned_attention(*leaves(*[(1, side, side, 2, width)] * 3), radius=radius).sum().backward()
+
+
+def norms(channels: int, norm: str) -> None:
+    """The modulated norm, forward and backward."""
+    ops.modulated_norm(*leaves((2, 1024, channels), (2, channels), (2, channels)), norm=norm).sum().backward()
+
+
+def residuals(channels: int) -> None:
+    """The gated residual, forward and backward."""
+    x = leaves((2, 1024, channels), (2, 1024, channels), (2, channels))
+    ops.gated_residual(*x).sum().backward()
+
+
+def turns(width: int) -> None:
+    """Norm and rotary positions, forward and backward."""
+    angles = torch.zeros(2, 1024, width // 2).unbind()
+    ops.rotary_norm(*leaves((2, 1024, 24, width), (width,)), *angles).sum().backward()
+
+
 def channels(width: int, tokens: int) -> None:
     """Channel attention, forward and backward."""
     ops.channel_attention(*leaves(*[(2, tokens, 2, width)] * 3)).sum().backward()
@@ -232,6 +269,13 @@ CASES: dict[str, Callable[[], None]] = {
     "49 agents, 32 wide, with biases": lambda: agents(32, 3136, 49),
     "channels, 32 wide": lambda: channels(32, 3136),
     "4 of 49 regions of 4x4, 32 wide": lambda: regions(32, 28, 4),
+    "49 sampled keys, 32 wide": lambda: sampled_keys(32, 56, 49),
+    "samples of 96 channels": lambda: samples(96, 56, 49),
+    "own places 32x32, radius 1, 128 wide": lambda: own_places(128, 32, 1),
+    "norms of 1152, rms": lambda: norms(1152, "rms"),
+    "norms of 5120": lambda: norms(5120, "layer"),
+    "residuals of 3072": lambda: residuals(3072),
+    "rotary norms, 128 wide": lambda: turns(128),
 }
 # What the table of kernels/README.md shows.
 MAIN = (
@@ -243,6 +287,10 @@ MAIN = (
     "windows of 7x7, 32 wide, with bias",
     "channels, 32 wide",
     "4 of 49 regions of 4x4, 32 wide",
+    "49 sampled keys, 32 wide",
+    "norms of 5120",
+    "residuals of 3072",
+    "rotary norms, 128 wide",
 )
 # What needs the most registers, by kernel.
 HUNGRY = {
@@ -256,7 +304,7 @@ def report(wanted: list[str]) -> dict[str, dict[str, object]]:
     """What every kernel of every wanted case costs."""
     table = {}
     for name, run in CASES.items():
-        if wanted and not any(name.startswith(part) for part in wanted):
+        if not _wanted(name, wanted):
             continue
         with compiling() as compiled, on_a_device():
             run()
@@ -309,12 +357,12 @@ def _spills(
 # The budget and its table -----------------------------------------------------------------------------------
 
 
-def measure_all() -> dict[str, object]:
-    """What every case costs on every architecture, each in a process of its own."""
+def measure(architectures: Sequence[str], cases: list[str]) -> dict[str, object]:
+    """What the cases, all without any, cost on the architectures, each in a process of its own."""
     costs = {}
-    for architecture in BUDGETED:
+    for architecture in architectures:
         print(f"compiling for {architecture}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-W", "ignore", __file__, architecture]
+        command = [sys.executable, "-W", "ignore", __file__, architecture, *cases]
         environment = {**os.environ, "TRITON_INTERPRET": "0"}
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         costs[architecture] = json.loads(answer.stdout)
@@ -361,14 +409,32 @@ def with_table(text: str, budget: dict[str, object]) -> str:
     return f"{head}{BEGIN}\n{said}\n\n{as_table(budget)}\n{END}{tail}"
 
 
-def check_budget(found: dict[str, object]) -> list[str]:
-    """What differs between the figures found and the committed ones."""
+def merged(known: dict[str, object], found: dict[str, object], cases: list[str]) -> dict[str, object]:
+    """The known budget with the figures of these cases as found, in the order of the cases."""
+    if known["triton"] != found["triton"]:
+        raise RuntimeError(f"the budget was made with Triton {known['triton']}: write all of it again")
+    order, costs = list(CASES), {}
+    for architecture, rows in known["costs"].items():
+        new = found["costs"].get(architecture)
+        if new is not None:
+            rows = {name: row for name, row in rows.items() if not _wanted(name, cases)} | new
+        costs[architecture] = dict(sorted(rows.items(), key=lambda row: order.index(row[0].split(": ")[0])))
+    return {"triton": known["triton"], "costs": costs}
+
+
+def _wanted(name: str, cases: list[str]) -> bool:
+    return not cases or name.startswith(tuple(cases))
+
+
+def check_budget(found: dict[str, object], cases: list[str]) -> list[str]:
+    """What differs between the figures found and the committed ones of these cases."""
     known = json.loads(BUDGET.read_text())
     if known["triton"] != found["triton"]:
         return [f"the budget was made with Triton {known['triton']}, this is {found['triton']}"]
     differences = []
     for architecture, rows in found["costs"].items():
         committed = known["costs"].get(architecture, {})
+        committed = {name: row for name, row in committed.items() if _wanted(name, cases)}
         for name in dict.fromkeys([*rows, *committed]):
             if rows.get(name) != committed.get(name):
                 differences.append(f"{architecture}, {name}: {committed.get(name)} became {rows.get(name)}")
@@ -381,22 +447,25 @@ def check_budget(found: dict[str, object]) -> list[str]:
 def main() -> int:
     """Print the report, or choose and write the table of configurations, or write or check the budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("architecture", nargs="?", choices=SHARED)
+    parser.add_argument("architecture", nargs="?", choices=(*SHARED, "all"))
     parser.add_argument("cases", nargs="*", help="beginnings of names of cases; all without any")
     parser.add_argument("--choose", action="store_true", help="write the table of configurations")
     parser.add_argument("--budget", action="store_true", help="write the budget and the table of the README")
     parser.add_argument("--check", action="store_true", help="compare them; status 1 where they differ")
     arguments = parser.parse_args()
     if arguments.budget or arguments.check:
-        found = measure_all()
+        architectures = (arguments.architecture,) if arguments.architecture in BUDGETED else BUDGETED
+        found = measure(architectures, arguments.cases)
         if arguments.check:
-            differences = check_budget(found)
+            differences = check_budget(found, arguments.cases)
             print("\n".join(differences) or "as committed")
             return int(bool(differences))
+        if arguments.architecture is not None:
+            found = merged(json.loads(BUDGET.read_text()), found, arguments.cases)
         BUDGET.write_text(as_json(found))
         README.write_text(with_table(README.read_text(), found))
         return 0
-    if arguments.architecture is None:
+    if arguments.architecture in (None, "all"):
         parser.error(f"name an architecture ({', '.join(SHARED)}), or --budget or --check for all")
     compile_for(arguments.architecture)
     if not arguments.choose:

@@ -399,6 +399,65 @@ def aligned(make: Maker, side: int, text: int, heads: int, width: int) -> Proble
     )
 
 
+def modulated(make: Maker, batch: int, tokens: int, channels: int, norm: str = "layer") -> Problem:
+    """A norm that every image scales and shifts."""
+    x = {
+        "x": make.leaf(batch, tokens, channels),
+        "scale": make.leaf(batch, 1, channels),
+        "shift": make.leaf(batch, 1, channels),
+    }
+    layer = {"layer": F.layer_norm, "rms": F.rms_norm}[norm]
+
+    def layers(x: Leaves) -> Tensor:
+        return layer(x["x"], (channels,), eps=1e-6) * (1 + x["scale"]) + x["shift"]
+
+    return Problem(
+        x,
+        lambda x, backend: ops.modulated_norm(**x, norm=norm, backend=backend),
+        {"layers": layers, "layers, compiled": compiled(layers)},
+        moved=2.0 * _size(x["x"]),
+    )
+
+
+def gated(make: Maker, batch: int, tokens: int, channels: int) -> Problem:
+    """A residual behind a gate."""
+    x = {
+        "x": make.leaf(batch, tokens, channels),
+        "y": make.leaf(batch, tokens, channels),
+        "gate": make.leaf(batch, 1, channels),
+    }
+
+    def layers(x: Leaves) -> Tensor:
+        return x["x"] + x["gate"] * x["y"]
+
+    return Problem(
+        x,
+        lambda x, backend: ops.gated_residual(**x, backend=backend),
+        {"layers": layers, "layers, compiled": compiled(layers)},
+        moved=3.0 * _size(x["x"]),
+    )
+
+
+def rotary(make: Maker, batch: int, tokens: int, heads: int, width: int) -> Problem:
+    """Norm and rotary positions of heads."""
+    x = {"x": make.leaf(batch, tokens, heads, width), "weight": make.leaf(width)}
+    angles = torch.linspace(0, 50, tokens * width // 2, device=make.device).view(tokens, -1)
+    cos, sin = angles.cos(), angles.sin()
+
+    def layers(x: Leaves) -> Tensor:
+        normed = F.rms_norm(x["x"], (width,), x["weight"], 1e-6)
+        one, other = normed.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = (one * cos[:, None] - other * sin[:, None], one * sin[:, None] + other * cos[:, None])
+        return torch.stack(turned, -1).flatten(-2).type_as(normed)
+
+    return Problem(
+        x,
+        lambda x, backend: ops.rotary_norm(**x, cos=cos, sin=sin, backend=backend),
+        {"layers": layers, "layers, compiled": compiled(layers)},
+        moved=2.0 * _size(x["x"]) + _size(cos, sin),
+    )
+
+
 def _both(peer: str, forward: float, training: float) -> tuple[Goal, Goal]:
     return Goal("forward", peer, forward), Goal("training", peer, training)
 
@@ -509,5 +568,26 @@ CASES = [
         ({"side": 8, "text": 33, "heads": 2, "width": 64},),
         {"side": 32, "text": 512, "heads": 24, "width": 128},
         _both("without the aligned keys", 1 / 1.08, 1 / 1.15),
+    ),
+    Case(
+        "modulated norm, 4096 tokens of 3072 channels, batch 4", "modulated_norm", modulated,
+        (
+            {"batch": 2, "tokens": 97, "channels": 1152},
+            {"batch": 1, "tokens": 17, "channels": 111, "norm": "rms"},
+        ),
+        {"batch": 4, "tokens": 4096, "channels": 3072},
+    ),
+    Case(
+        "gated residual, 4096 tokens of 3072 channels, batch 4", "gated_residual", gated,
+        ({"batch": 2, "tokens": 97, "channels": 1152}, {"batch": 1, "tokens": 17, "channels": 111}),
+        {"batch": 4, "tokens": 4096, "channels": 3072},
+    ),
+    Case(
+        "norm and rotary positions, 4096 tokens, 24 heads of 128, batch 4", "rotary_norm", rotary,
+        (
+            {"batch": 2, "tokens": 97, "heads": 3, "width": 64},
+            {"batch": 1, "tokens": 17, "heads": 2, "width": 80},
+        ),
+        {"batch": 4, "tokens": 4096, "heads": 24, "width": 128},
     ),
 ]  # fmt: skip

@@ -24,7 +24,14 @@ BENCH = ROOT / "scripts" / "bench"
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text())
 SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 # The template with lists and with neighborhoods, all its gradients, and kernels of their own.
-SAMPLE = ("blocks of 128, 128 wide", "neighborhood 56x56, 32 wide, with bias", "windows of 7x7", "channels")
+PLAIN = ("samples", "norms", "residuals", "rotary norms")  # no products of matrices
+SAMPLE = (
+    "blocks of 128, 128 wide",
+    "neighborhood 56x56, 32 wide, with bias",
+    "windows of 7x7",
+    "channels",
+    *PLAIN,
+)
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -43,7 +50,7 @@ def test_a_few_cases_stay_within_their_budget(architecture):
     assert len(report) >= 10
     for name, used in report.items():
         assert used["shared"] <= SHARED[architecture], (name, used)
-        assert used["matrix"] > 0, (name, used)
+        assert used["matrix"] > 0 or name.startswith(PLAIN), (name, used)
         allowed = BUDGET["costs"][architecture].get(name)
         # Figures belong to one Triton; with another they are compared with none.
         if allowed is not None and version("triton") == BUDGET["triton"]:
@@ -57,7 +64,8 @@ def test_the_budget_holds_all_architectures_and_no_spill():
     for architecture, rows in BUDGET["costs"].items():
         for name, row in rows.items():
             assert row["spills"] == 0, (architecture, name)
-            assert row["matrix"] > 0 and row["shared"] <= SHARED[architecture], (architecture, name)
+            assert row["matrix"] > 0 or name.startswith(PLAIN), (architecture, name)
+            assert row["shared"] <= SHARED[architecture], (architecture, name)
 
 
 def test_the_table_of_the_readme_is_that_of_the_budget(monkeypatch):
