@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -180,6 +181,12 @@ class AgentConfig(Config):
                     raise ConfigError(f"{name} must be at least 0 and below 1, found {value!r}")
         if type(self.early_steps) is not int or self.early_steps < 0:
             raise ConfigError(f"early_steps must be a whole number >= 0, found {self.early_steps!r}")
+        for name in ("scale_power", "shortcut"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, found {value!r}")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**32):
+            raise ConfigError(f"seed must be a whole number from 0 to 2**32 - 1 or None, found {self.seed!r}")
         check_backend(self.backend, "agent_attention")
 
     def phase(self, step: int) -> Any:
@@ -319,8 +326,8 @@ def apply_agent(
     Raises: ConfigError, with nothing changed, as the other methods.
     Source: Han et al. 2023 (arXiv:2312.08874), Sec. 4.4, and its published settings.
     """
-    if seed is not None and type(seed) is not int:
-        raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
+    if max_downsample is not None and type(max_downsample) is not int:
+        raise ConfigError(f"max_downsample must be a whole number or None, found {max_downsample!r}")
     (site,) = find_sites(pipe_or_unet, "agent", dense_layers)
     levels = {name: downsampling(site.model, name) for name in site.layers}
     wanted = min(levels.values()) if max_downsample is None else max_downsample

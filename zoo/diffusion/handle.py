@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -393,6 +393,10 @@ class Handle:
         return tuple(name for site in self._sites for name in site.layers)
 
     @property
+    def _function(self) -> str:
+        return "apply_radial_attention" if self.method == "radial" else f"apply_{self.method}"
+
+    @property
     def step(self) -> int:
         """Denoising step of the latest forward, counted from 0; -1 before the first, and in training."""
         return self._step
@@ -468,7 +472,7 @@ class Handle:
 
     def __enter__(self) -> Handle:
         if not self._active:
-            raise ConfigError(f"this handle was removed already; call apply_{self.method} again")
+            raise ConfigError(f"this handle was removed already; call {self._function} again")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -485,7 +489,7 @@ class Handle:
         for name, layer in site.layers.items():
             if layer.processor is not site.processors[name]:
                 raise ConfigError(
-                    f"{name} has a {type(layer.processor).__name__}, set after apply_{self.method}; remove "
+                    f"{name} has a {type(layer.processor).__name__}, set after {self._function}; remove "
                     "the handle before changing processors"
                 )
         arguments = inspect.signature(type(site.model).forward).bind(site.model, *args, **kwargs).arguments
@@ -537,7 +541,7 @@ class Handle:
             if not self._active:
                 raise ConfigError(
                     "gradient checkpointing computes blocks again in backward, found the handle of "
-                    f"apply_{self.method} removed; call backward before remove()"
+                    f"{self._function} removed; call backward before remove()"
                 )
             now = [processor.memory for processor in self._processors]
             with self._state.as_in(replace(then, task=running_backward())):
@@ -797,6 +801,10 @@ def select(layers: dict[str, nn.Module], dense_layers: int | Sequence[int | str]
         isinstance(dense_layers, int) and not 0 <= dense_layers < len(names)
     ):
         raise ConfigError(f"dense_layers must lie in 0..{len(names) - 1}, found {dense_layers!r}")
+    if not isinstance(dense_layers, (int, Iterable)):
+        raise ConfigError(
+            f"dense_layers must be a number of layers, or names, patterns or indices, found {dense_layers!r}"
+        )
     selectors = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
     dense = set()
     for selector in [selectors] if isinstance(selectors, str) else selectors:

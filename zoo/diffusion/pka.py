@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.diffusion.adapters import Adapter, flux_layout
-from zoo.diffusion.handle import Call, Config, Handle, Processor, apply
+from zoo.diffusion.handle import Call, Config, Handle, Processor, apply, check_backend
 from zoo.errors import ConfigError
 from zoo.layers.pka import (
     COMBINES,
@@ -65,8 +65,19 @@ class PKAConfig(Config):
                 f"keywords must have token indices (or None) for each of {subjects} subjects, found "
                 f"{self.keywords}"
             )
+        for words in self.keywords:
+            places = words if isinstance(words, tuple) and words else (None,)
+            if words is not None and any(type(place) is not int or place < 0 for place in places):
+                raise ConfigError(
+                    f"keywords must be places of tokens in the prompt, whole numbers >= 0, found {words!r}; "
+                    "find_keywords gives them"
+                )
         if type(self.paa_radius) is not int or self.paa_radius < 0:
             raise ConfigError(f"radius must be a whole number >= 0, found {self.paa_radius!r}")
+        for name in ("share_routing", "text_to_condition"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} must be True or False, found {getattr(self, name)!r}")
+        check_backend(self.backend, "block_sparse_attention")
 
     def layout(self, adapter: Adapter, model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
         """Read image and conditions from the first column of `img_ids`, which numbers them."""
@@ -258,11 +269,12 @@ def _apply(
     keywords: Sequence[Sequence[int] | None],
     **settings: Any,
 ) -> Handle:
-    if isinstance(conditions, str):
-        raise ConfigError(f"conditions must be a sequence of kinds, found {conditions!r}")
+    for name, given in (("conditions", conditions), ("keywords", keywords)):
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise ConfigError(f"{name} must be a sequence, one item for each, found {given!r}")
     config = PKAConfig(
         conditions=tuple(conditions),
-        keywords=tuple(None if words is None else tuple(words) for words in keywords),
+        keywords=tuple(tuple(words) if isinstance(words, Sequence) else words for words in keywords),
         **settings,
     )
     return apply(

@@ -323,6 +323,10 @@ def test_supported_tells_unets_from_transformers():
         ({"early_steps": 1.5}, "early_steps .* found 1.5"),
         ({"backend": "tirton"}, "'tirton'"),
         ({"seed": "x"}, "seed .* found 'x'"),
+        ({"seed": 2**64}, "seed .* found 18446744073709551616"),
+        ({"max_downsample": "2"}, "max_downsample .* found '2'"),
+        ({"scale_power": None}, "scale_power .* found None"),
+        ({"shortcut": float("nan")}, "shortcut .* found nan"),
     ],
     ids=str,
 )

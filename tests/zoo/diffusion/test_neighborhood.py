@@ -156,6 +156,8 @@ def test_a_backend_asked_for_by_name_is_the_one_that_runs(flux, inputs):
         ({"kernel_size": 3, "dense_steps": 1.5}, "dense_steps .* found 1.5"),
         ({"kernel_size": 3, "dense_layers": 4}, "dense_layers .* 0..3, found 4"),
         ({"kernel_size": 3, "dense_layers": [9]}, "dense_layers .* found 9"),
+        ({"kernel_size": 3, "dense_layers": None}, "dense_layers must be a number of layers, .* found None"),
+        ({"kernel_size": 3, "dense_layers": 1.5}, "dense_layers must be a number of layers, .* found 1.5"),
         (
             {"kernel_size": 3, "dense_layers": ["single_*", "transformer_*"]},
             "at least one layer, found all 4",

@@ -251,7 +251,7 @@ def test_a_backward_after_remove_is_refused_where_it_would_compute_again():
     model.enable_gradient_checkpointing()
     with apply("radial", model):
         loss = model.train()(**inputs)[0].square().mean()
-    with pytest.raises(ConfigError, match="apply_radial removed; call backward before remove"):
+    with pytest.raises(ConfigError, match="apply_radial_attention removed; call backward before remove"):
         loss.backward()
     model(**inputs)[0].square().mean().backward()  # of the stock model
 
