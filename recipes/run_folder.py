@@ -47,6 +47,7 @@ FROZEN = (
     "task", "seed", "model.name", "model.num_classes", "model.args", "model.freeze", "model.probe",
     "data.name", "data.batch_size", "data.balance",
     "optim.name", "optim.ema", "optim.accumulate", "optim.layer_decay", "head", "diffusion", "data.vae",
+    "lora", "attention",
 )  # fmt: skip
 
 
@@ -342,7 +343,8 @@ def _assemble(
     source: str,
 ) -> Trained:
     check(made)
-    made.model.pretrained, made.model.checkpoint = False, None
+    if not task_of(made).keeps_base:
+        made.model.pretrained, made.model.checkpoint = False, None
     model = task_of(made).build_model(made, len(classes))
     try:
         model.load_state_dict(state)

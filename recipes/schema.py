@@ -475,9 +475,86 @@ class GenerationRecipe(Recipe):
             raise ConfigError("model.drop_path_rate is for backbones; leave it out")
 
 
+# ---- LoRA
+
+
+@dataclass(kw_only=True)
+class LoraModel(Model):
+    """`checkpoint` is the folder of a diffusers pipeline, whose transformer gets the adapters."""
+
+    name: str = choice("???", ("wan", "hunyuan_video", "flux"))
+
+
+@dataclass(kw_only=True)
+class LoraData(AnyData):
+    """Images or clips with captions; `image_size` is the height, and the width too unless that is given."""
+
+    local = ("captions",)
+
+    name: str = choice("captions", ("captions",))
+    image_size: int | None = number(512, low=1, high=16384)
+    width: int | None = number(None, low=1, high=16384)
+    frames: int = number(1, low=1)  # of each clip, the first ones
+    words: int = number(256, low=1)  # tokens of a caption
+    conditions: list[str] = field(default_factory=list)  # of a Flux image: "spatial" or "subject" for each
+    cache: str | None = None  # folder of latents and text embeddings; None: .latents in root
+
+
+@dataclass(kw_only=True)
+class Lora:
+    """The adapters: low-rank additions to the layers whose names end in one of `targets`."""
+
+    rank: int = number(16, low=1)
+    alpha: float = number(16.0, above=0)
+    dropout: float = number(0.0, low=0, high=0.99)
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    guidance: float = number(1.0, low=0)  # told to models that were distilled with guidance
+
+
+@dataclass(kw_only=True)
+class SparseAttention:
+    """The attention under which the adapters are trained; `args` are those of zoo.diffusion.apply_..."""
+
+    method: str = choice("none", ("none", "radial", "neighborhood", "pka"))
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class LoraRecipe(Recipe):
+    """A training run of adapters for a diffusers transformer."""
+
+    task: str = choice("lora", lambda: tuple(RECIPES))
+    model: LoraModel = field(default_factory=LoraModel)
+    data: LoraData = field(default_factory=LoraData)
+    augment: GenerationAugment = field(default_factory=GenerationAugment)
+    diffusion: Diffusion = field(default_factory=lambda: Diffusion(drop_condition=0.0))
+    lora: Lora = field(default_factory=Lora)
+    attention: SparseAttention = field(default_factory=SparseAttention)
+
+    def refuse(self) -> None:
+        if self.data.image_size is None:
+            raise ConfigError("data.image_size=PIXELS is wanted")
+        if self.diffusion.objective != "rectified_flow":
+            raise ConfigError(f"{self.model.name} is a rectified flow; leave diffusion.objective out")
+        if self.optim.ema is not None:
+            raise ConfigError("optim.ema would copy the whole model for its adapters; leave it out")
+        if self.augment.hflip:
+            raise ConfigError("augment.hflip does not reach latents from the cache; leave it out")
+        if self.attention.method == "pka" and self.model.name != "flux":
+            raise ConfigError("attention.method=pka is for model.name=flux, whose images take conditions")
+        if self.data.conditions and self.model.name != "flux":
+            raise ConfigError("data.conditions are for model.name=flux")
+        unknown = [each for each in self.data.conditions if each not in ("spatial", "subject")]
+        if unknown:
+            raise ConfigError(f"data.conditions has {unknown[0]!r}; each is spatial or subject")
+        if (self.attention.method == "pka") != bool(self.data.conditions):
+            raise ConfigError("attention.method=pka and data.conditions, such as [spatial], belong together")
+
+
 # The task comes first in a file, so that it is known which of these the file fills.
 RECIPES: dict[str, type[Recipe]] = {
     "classification": Recipe, "segmentation": SegmentationRecipe, "generation": GenerationRecipe,
+    "lora": LoraRecipe,
 }  # fmt: skip
 
 

@@ -93,6 +93,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]  # columns of metrics.csv
     monitor: ClassVar[str]  # the metric in 0..1 by which checkpoints are ranked, the larger the better
     label: ClassVar[str]  # its name for people
+    keeps_base: ClassVar[bool] = False  # the weights of a run are additions to those of model.checkpoint
 
     @abstractmethod
     def load_half(self, recipe: Recipe, *, train: bool) -> Images:

