@@ -81,7 +81,8 @@ def weights_with_gradient(
     negative products as 0.
 
     The gradient of a weight is the product of the output's gradient and the value it weighs, so it needs the
-    values and outputs of the operations, not the weights' own graph: any backend serves.
+    values and outputs of the operations, not the weights' own graph: any backend serves. Blocks that attend
+    between channels are left out.
     """
     if not _is_zoo(model):
         with _timm_weights(model) as found:
@@ -99,17 +100,17 @@ def weights_with_gradient(
     with capture_attention(model) as records, _watched_products(model) as products:
 
         def from_zoo(images: Tensor, score: Tensor) -> dict[str, TokenAttention]:
-            for name, record in records.items():
-                _check_tokens(name, record)
+            between_tokens = {name: r for name, r in records.items() if "channel" not in r.axes}
+            for name in between_tokens:
                 if len(products.get(name, ())) != 1:
                     raise ConfigError(
                         f"relevance follows blocks with one attention product; {name} has "
                         f"{len(products.get(name, ()))} that are known"
                     )
-            outputs = [products[name][0][1] for name in records]
-            gradients = torch.autograd.grad(score.sum(), outputs)
+            outputs = [products[name][0][1] for name in between_tokens]
+            gradients = torch.autograd.grad(score.sum(), outputs) if outputs else ()
             found = {}
-            for (name, record), gradient in zip(records.items(), gradients, strict=True):
+            for (name, record), gradient in zip(between_tokens.items(), gradients, strict=True):
                 mechanism = mechanism_of(model.get_submodule(name))
                 found[name] = _times_gradient(name, record, mechanism, *products[name][0], gradient)
             return found
@@ -309,6 +310,8 @@ def _times_gradient(
     """The attention of a record with (weight * gradient)+ for weights."""
     if heads_first:
         v, out, gradient = (x.transpose(1, 2) for x in (v, out, gradient))
+    elif len(v) != len(record.weights):
+        v, out, gradient = (_whole_maps(x, record.grid) for x in (v, out, gradient))
     heads = out.shape[-2:]
     by_query = record.weights if record.axes[1] == "token" else record.weights.flatten(1, 2)  # [B, Q, H, K]
     v, out, gradient = (x.float().reshape(len(x), -1, *heads) for x in (v, out.detach(), gradient))
@@ -338,9 +341,10 @@ def _times_gradient(
     return from_record(name, replace(record, weights=weighted), mechanism)
 
 
-def _check_tokens(name: str, record: AttentionRecord) -> None:
-    if "channel" in record.axes:
-        raise ConfigError(f"{name} attends between channels: it has no weights from token to token")
+def _whole_maps(windows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Windows [B * windows, y, x, H, D] that were cut into maps of their own, as maps [B, Y, X, H, D]."""
+    down, across = (length // side for length, side in zip(grid, windows.shape[1:3], strict=True))
+    return windows.unflatten(0, (-1, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def _check_product(name: str, product: Tensor, out: Tensor) -> None:

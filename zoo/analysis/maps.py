@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,13 +132,13 @@ def attention_rollout(
     times its weights, rows normalised; `fuse` joins heads by "mean", "max" or "min". What is followed back is
     the class token, or the mean of all tokens where there is none. Between stages of falling resolution a
     token's share is spread evenly over the tokens it was made from. Only products of a row with a matrix are
-    needed, so memory stays linear in tokens.
-    Raises: ConfigError where a block has no weights from token to token.
+    needed, so memory stays linear in tokens. A block that attends between channels keeps every token's share.
+    Raises: ConfigError where no block attends between tokens.
     Source: Abnar & Zuidema 2020 (arXiv:2005.00928) Sec. 3; identity for the residual: Eq. 1.
     """
     if not 0.0 <= residual < 1.0:
         raise ConfigError(f"residual must be from 0 to less than 1, found {residual}")
-    blocks = [_of_tokens(block) for block in block_attention(model, images).values()]
+    blocks = _between_tokens(block_attention(model, images).values())
 
     def step(block: TokenAttention, mass: Tensor) -> Tensor:
         # Rows sum to less than 1 where padding is attended, and to anything after max or min.
@@ -156,9 +156,9 @@ def gradient_relevance(model: nn.Module, images: Tensor, *, target: int | Tensor
     A block's matrix is the mean over heads of (weights * gradient of the class score), negative products as
     0; relevance R starts as the identity and becomes R + matrix R at every block. `target` is the class, one
     for all images or one each; by default the one the model predicts. Followed back from the class token or
-    from the mean of all tokens, and through stages, as in `attention_rollout`.
-    Raises: ConfigError where a block has no weights from token to token, or its output is not its weights
-    times its values.
+    from the mean of all tokens, and through stages and blocks of channels, as in `attention_rollout`.
+    Raises: ConfigError where no block attends between tokens, or a block's output is not its weights times
+    its values.
     Source: Chefer et al. 2021 (arXiv:2103.15679) Sec. 3.1, Eq. 5 and 6.
     """
     training = model.training
@@ -174,7 +174,7 @@ def gradient_relevance(model: nn.Module, images: Tensor, *, target: int | Tensor
             classes = target.expand(len(logits))
             if classes.min() < 0 or classes.max() >= logits.shape[1]:
                 raise ConfigError(f"target must be from 0 to {logits.shape[1] - 1}, found {target.tolist()}")
-            blocks = list(blocks_of(images, logits.gather(1, classes[:, None])[:, 0]).values())
+            blocks = _between_tokens(blocks_of(images, logits.gather(1, classes[:, None])[:, 0]).values())
     finally:
         model.train(training)
     start = _start(model, blocks[-1])
@@ -270,6 +270,14 @@ def _of_tokens(attention: BlockAttention) -> TokenAttention:
     if isinstance(attention, GroupAttention):
         raise ConfigError(f"{attention.name} attends between channels: it has no weights from token to token")
     return attention
+
+
+def _between_tokens(blocks: Iterable[BlockAttention]) -> list[TokenAttention]:
+    """Blocks through which something moves from token to token."""
+    found = [block for block in blocks if isinstance(block, TokenAttention)]
+    if not found:
+        raise ConfigError("no block of this model attends between tokens, only between channels")
+    return found
 
 
 def _number(attention: TokenAttention, query: tuple[float, float]) -> int:
