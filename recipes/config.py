@@ -24,6 +24,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.recipes.schema import RECIPES, Recipe, pick, put
+from zoo.weights.files import open_file
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 MAX_BYTES = 1 << 20
@@ -93,7 +94,8 @@ def _read(file: Path) -> dict[str, Any]:
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; a recipe is a .yaml file")
     try:
-        data = file.read_bytes()
+        with open_file(file) as opened:
+            data = opened.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(
             f"no recipe file {file}; `zoo recipes list` shows those that come with the zoo"
@@ -101,7 +103,7 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror})") from None
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{file} has {len(data):,} bytes; a recipe has at most {MAX_BYTES:,}")
+        raise ConfigError(f"{file} has more than {MAX_BYTES:,} bytes, too many for a recipe")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 
 from zoo.errors import IntegrityError
-from zoo.weights.files import link_atomically, sweep, write_atomically
+from zoo.weights.files import link_atomically, open_file, sweep, write_atomically
 from zoo.weights.loader import unpickle
 
 __all__ = ["link_atomically", "load_checkpoint", "save_checkpoint", "sweep", "write_atomically"]
@@ -36,9 +36,12 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint that a recipe wrote; nothing in it is executed. Raises IntegrityError saying why."""
     try:
-        content = unpickle(path)
+        with open_file(path) as file:
+            content = unpickle(file)
     except FileNotFoundError:
         raise IntegrityError(f"no checkpoint {path}") from None
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error.strerror or error})") from None
     # A damaged file raises nearly any exception.
     except Exception as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))

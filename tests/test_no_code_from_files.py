@@ -73,8 +73,10 @@ def offences(text: str, path: str) -> list[str]:
                 found.append(f"{where} without weights_only=True")
             elif not path.startswith("tests") and (path, inside) != THE_READER:
                 found.append(f"{where} beside the one reader")
-        elif name.endswith(("np.load", "numpy.load")) and "allow_pickle" in keywords:
-            found.append(f"{where} with allow_pickle")
+        elif name.endswith(("np.load", "numpy.load")):
+            allowed = keywords.get("allow_pickle", ast.Constant(False))
+            if not (isinstance(allowed, ast.Constant) and allowed.value is False):
+                found.append(f"{where} with allow_pickle")
         elif name.endswith(("subprocess.run", "Popen", "check_call", "check_output")) and "shell" in keywords:
             found.append(f"{where} through a shell")
         elif "trust_remote_code" in keywords:

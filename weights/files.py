@@ -1,10 +1,12 @@
-"""Files that are whole or not there: written beside their place, flushed to disk, moved in one step."""
+"""Files that are whole or not there: written beside their place, flushed to disk, moved in one step; and read
+only where they are files."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +66,23 @@ def link_atomically(source: Path, path: Path) -> None:
 def _copy(source: Path, file: IO[bytes]) -> None:
     with source.open("rb") as origin:
         shutil.copyfileobj(origin, file)
+
+
+def open_file(path: str | Path) -> IO[bytes]:
+    """Open an ordinary file for reading bytes: a pipe would be waited for, a device may never end.
+
+    Raises: OSError, at once, for a pipe, device or socket too.
+    """
+    return open(path, "rb", opener=_open_without_waiting)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` refuses a folder in its own words
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "a pipe or device, not a file", path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from zoo.errors import ConfigError, IntegrityError, did_you_mean
 from zoo.weights.download import cached, fetch
@@ -61,6 +61,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the weights file inside it")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is a pipe or device, not a file")
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise ConfigError(f"no weights file {path}{did_you_mean(path.name, near)}")
@@ -130,8 +132,8 @@ def _parse(data: bytes, name: str) -> dict[str, Tensor]:
     return state
 
 
-def unpickle(source: Path | io.BytesIO) -> Any:
-    """Read a file that torch.save wrote; the one place in this repository that does.
+def unpickle(source: IO[bytes]) -> Any:
+    """Read an open file that torch.save wrote; the one place in this repository that does.
 
     Only tensors and plain containers come out. Raises nearly any exception for a file that is damaged or
     names anything else; a message for the user is the caller's.
@@ -142,8 +144,7 @@ def unpickle(source: Path | io.BytesIO) -> Any:
         with zipfile.ZipFile(source) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("it is compressed, which torch never does, and may unpack to any size")
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
+    source.seek(0)
     with torch.serialization.safe_globals(STAND_INS):
         return torch.load(source, map_location="cpu", weights_only=True)
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zoo.errors import DataError
+from zoo.weights.files import open_file
 
 # Only these decoders may run on a file, whatever its ending claims.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -27,7 +28,7 @@ def read_image(path: str | Path) -> Image.Image:
     palettes, CMYK and grey are converted. Raises DataError naming the file and the reason.
     """
     try:
-        with warnings.catch_warnings(), Path(path).open("rb") as file:
+        with warnings.catch_warnings(), open_file(path) as file:
             # What Pillow warns of in a damaged file is either an error below or does not matter.
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:

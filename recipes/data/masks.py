@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from zoo.errors import ConfigError, DataError
 from zoo.recipes.data.images import ENDINGS, FORMATS, MAX_PIXELS, images_below, read_image, reason_of
+from zoo.weights.files import open_file
 
 IGNORE = -1  # what a target holds where no class is given, whatever the files have there
 _FOREIGN = -2
@@ -113,7 +114,7 @@ def read_mask(path: str | Path, orientation: int = UPRIGHT) -> np.ndarray:
     Numbers are those of a grey image or the indices of a palette. Raises DataError naming the file.
     """
     try:
-        with warnings.catch_warnings(), Path(path).open("rb") as file:
+        with warnings.catch_warnings(), open_file(path) as file:
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as mask:
                 if mask.format not in LOSSLESS:
@@ -149,7 +150,7 @@ def _turn(values: np.ndarray, orientation: int) -> np.ndarray:
 def _header(path: str) -> tuple[tuple[int, int], int]:
     """Return width, height and EXIF orientation without decoding."""
     try:
-        with warnings.catch_warnings(), Path(path).open("rb") as file:
+        with warnings.catch_warnings(), open_file(path) as file:
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
                 orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)

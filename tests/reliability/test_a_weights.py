@@ -700,7 +700,8 @@ except zoo.ResourceError as error:
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "the disk is full" in result.stdout and "MB free" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "w.pth"]
-    assert torch.equal(loader.unpickle(tmp_path / "last.ckpt")["w"], torch.zeros(10))
+    with (tmp_path / "last.ckpt").open("rb") as file:
+        assert torch.equal(loader.unpickle(file)["w"], torch.zeros(10))
 
 
 def test_r20_files_have_the_usual_mode_keep_theirs_and_go_where_a_link_points(tmp_path):
