@@ -101,6 +101,13 @@ class Generation(base.Objective):
         """What says which class an image shows, loaded when it is first asked."""
         return Judge(self.recipe.sampling.judge) if self.recipe.sampling.judge is not None else None
 
+    @cached_property
+    def eyes(self) -> Judge | None:
+        """Whose features FID and KID compare."""
+        return (
+            Judge(self.recipe.sampling.features) if self.recipe.sampling.features is not None else self.judge
+        )
+
     def loss(self, model: nn.Module, batch: tuple[Tensor, Any]) -> Tensor:
         x, targets = batch
         t = self.noising.times(len(x), x.device)
@@ -318,7 +325,16 @@ class GenerationTask(base.Task):
         return ImageOnly(pixel_transform(settings, flip)), ImageOnly(pixel_transform(settings))
 
     def objective(self, recipe: GenerationRecipe, classes: Sequence[str]) -> Generation:
-        return Generation(recipe, classes)
+        made = Generation(recipe, classes)
+        wanted = set() if made.judge is None or recipe.data.name in prompts.NAMES else set(classes)
+        unknown = sorted(wanted - set(made.judge.trained.classes)) if wanted else []
+        if unknown:
+            raise ConfigError(
+                f"sampling.judge={recipe.sampling.judge} does not know {', '.join(unknown[:5])}, which the "
+                "data has; train one with a recipe of classification, or leave it out"
+            )
+        _ = made.eyes  # now, not after an epoch
+        return made
 
     def other_images(self, trained: Trained, recipe: GenerationRecipe, data: str | Path) -> Images:
         raise ConfigError("a model that generates is measured on the data of its recipe; leave --data out")
@@ -383,7 +399,7 @@ class GenerationTask(base.Task):
         training = as_pixels(known, settings, range(min(len(known), COMPARED)))
         held_out = as_pixels(images, settings, kept[:COMPARED])
         real = {"nearest": float(nearest(held_out, training)[0].mean())}
-        eyes = objective.judge if sampling.features is None else Judge(sampling.features)
+        eyes = objective.eyes
         if eyes is not None:
             features = eyes.features([to_image(each) for each in held_out])
             others = eyes.features([to_image(each) for each in training])

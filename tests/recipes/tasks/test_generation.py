@@ -223,10 +223,11 @@ def test_a_wrong_recipe_is_one_line(recipe_file, override, words):
         (["data.name=digit_pairs"], "is told classes, not prompts"),
         (["data.image_size=15"], "multiple of the model's patches of 2"),
         (["sampling.features=dit_digits"], "neither a run folder nor a model|must classify"),
+        (["sampling.judge=nat_digit"], "'nat_digit' is neither a run folder .*did you mean nat_digits"),
+        (["sampling.judge=nat_digits"], "does not know dark, light"),
     ],
 )
-def test_what_does_not_fit_together_is_one_line(run, overrides, words, monkeypatch):
-    monkeypatch.setattr(Generation, "show", lambda *_, **__: {})
+def test_what_does_not_fit_together_is_one_line(run, overrides, words):
     with pytest.raises(ConfigError, match=words) as refused:
         run("x", "sampling.count=2", "optim.epochs=1", *overrides)
     assert "\n" not in str(refused.value)

@@ -139,7 +139,7 @@ def run(wan, flux, captioned, tmp_path, monkeypatch):
     return train
 
 
-@pytest.mark.parametrize("kind", ["wan", "flux"])
+@pytest.mark.parametrize("kind", ["wan", pytest.param("flux", marks=pytest.mark.slow)])
 def test_adapters_train_under_a_sparse_attention_and_resume_exactly(run, kind, tmp_path, monkeypatch):
     whole = run(kind, "whole")
     assert np.isfinite(whole.metrics["val_loss"])
@@ -165,6 +165,7 @@ def test_adapters_train_under_a_sparse_attention_and_resume_exactly(run, kind, t
     assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
 
 
+@pytest.mark.slow
 def test_adapters_load_into_their_pipeline(run, wan, tmp_path):
     folder = run("wan", "adapted", "optim.epochs=1").folder
     model = diffusers.WanTransformer3DModel.from_pretrained(wan, subfolder="transformer")
