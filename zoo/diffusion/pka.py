@@ -186,8 +186,10 @@ class PKAProcessor(Processor):
         ])  # fmt: skip
 
     def keep(self) -> None:
-        if self.keeps is not None and self.memory is not None and self.memory.found is not None:
-            self.masks[self.keeps] = self.memory.found
+        found = None if self.memory is None else self.memory.found
+        if self.keeps is not None and found is not None:
+            # Copies: what a recorded CUDA graph gives is overwritten when it runs again.
+            self.masks[self.keeps] = [None if mask is None else mask.clone() for mask in found]
         self.keeps = None
 
     def forget(self, prompt: int) -> None:
