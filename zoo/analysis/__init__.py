@@ -18,6 +18,7 @@ from zoo.analysis.page import attention_page
 from zoo.analysis.pictures import draw_field, draw_heat, draw_maps, draw_query, draw_statistics
 from zoo.analysis.sparsity import TileCount, best_tiles, block_tiles, launched_tiles, neighborhood_tiles
 from zoo.analysis.tokens import GroupAttention, TokenAttention
+from zoo.analysis.video import VideoView, draw_video, radial_view
 
 __all__ = [
     "Candidate",
@@ -27,6 +28,7 @@ __all__ = [
     "QueryView",
     "TileCount",
     "TokenAttention",
+    "VideoView",
     "attention_map",
     "attention_page",
     "attention_rollout",
@@ -40,6 +42,7 @@ __all__ = [
     "draw_maps",
     "draw_query",
     "draw_statistics",
+    "draw_video",
     "effective_receptive_field",
     "explain_neighborhood",
     "gradient_relevance",
@@ -47,4 +50,5 @@ __all__ = [
     "launched_tiles",
     "neighborhood_tiles",
     "query_view",
+    "radial_view",
 ]

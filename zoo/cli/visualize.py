@@ -17,9 +17,18 @@ KINDS = ("attention", "query", "rollout", "relevance", "distance", "field")
 
 def visualize(
     source: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A run folder or file of one, a zoo or a timm model name.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A run folder or file of one, a zoo or a timm model name; or radial."
+        ),
     ],
-    image: Annotated[str, typer.Argument(help="An image file, or digits:N for a held-out digit.")],
+    image: Annotated[
+        str,
+        typer.Argument(
+            help="An image file, or digits:N for a held-out digit; with radial the frames, rows and columns "
+            "of tokens of a video, such as 21x30x52."
+        ),
+    ],
     what: Annotated[
         str, typer.Option(help=f"{', '.join(KINDS)}, several with commas, or all that the model allows.")
     ] = "all",
@@ -35,12 +44,26 @@ def visualize(
     size: Annotated[
         int | None, typer.Option(help="Side of the image in pixels; else the model's own.")
     ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="With radial: NAME=VALUE of radial_block_mask, such as decay_factor=0.2; repeat."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("attention"),
 ) -> None:
-    """Draw what a model attends to: zoo visualize nat_digits digits:3 --html"""
+    """Draw what a model attends to: zoo visualize nat_digits digits:3 --html
+
+    Which frames and blocks of a video radial attention keeps: zoo visualize radial 21x30x52
+    """
     from zoo.analysis.page import attention_page
     from zoo.errors import ConfigError, ZooError, did_you_mean
 
+    if source == "radial":
+        if html or what != "all":
+            raise ConfigError("zoo visualize radial draws one picture, so it takes neither --html nor --what")
+        _draw_video(image, query, rule or [], output)
+        return
+    if rule:
+        raise ConfigError("--rule belongs to zoo visualize radial FRAMESxROWSxCOLUMNS")
     kinds = list(KINDS) if what == "all" else [kind.strip() for kind in what.split(",")]
     for kind in kinds:
         if kind not in KINDS:
@@ -72,6 +95,50 @@ def visualize(
         written.append(output / "attention.html")
         written[-1].write_text(page, encoding="utf-8")
     print(f"{scene.title('looked at')}: {', '.join(map(str, written)) or 'nothing could be drawn'}")
+
+
+def _draw_video(geometry: str, query: str, rules: list[str], output: Path) -> None:
+    from inspect import signature
+
+    from zoo.analysis.video import draw_video, radial_view
+    from zoo.errors import ConfigError, did_you_mean
+    from zoo.layers.radial import radial_block_mask
+
+    sides = geometry.split("x")
+    if len(sides) != 3 or not all(side.isdigit() and int(side) for side in sides):
+        raise ConfigError(
+            f"a video is FRAMESxROWSxCOLUMNS of tokens, such as 21x30x52 of 81 frames at 480 x 832 in Wan; "
+            f"found {geometry!r}"
+        )
+    known = {n: p for n, p in signature(radial_block_mask).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    given: dict[str, Any] = {}
+    for text in rules:
+        name, _, value = text.partition("=")
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f"unknown --rule {name!r}; use {', '.join(known)}{near}")
+        given[name] = _value(value)
+    grid = tuple(map(int, sides))
+    view = radial_view(grid, query=(0.5, *_fractions(query)), **given)
+    told = "".join(f", {name}={value}" for name, value in given.items())
+    title = f"radial attention{told}: {view.kept:.1%} of all pairs of tokens are kept"
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "radial.png"
+    draw_video(view, title=title).savefig(file, dpi=110)
+    print(f"{title}: {file}")
+
+
+def _value(text: str) -> Any:
+    """A number or a boolean where the text is one."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 class Scene:
