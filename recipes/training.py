@@ -18,7 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
+from zoo.errors import ConfigError, ZooError
 from zoo.recipes.data.loader import EpochLoader, reseed
 from zoo.recipes.schema import Optim, Recipe
 from zoo.recipes.tasks.base import Objective
@@ -57,16 +57,20 @@ class Training(pl.LightningModule):
         optim = self.recipe.optim
         lr = optim.lr * rate_factor(self.recipe, self.trainer.world_size)
         betas = {"betas": tuple(optim.betas)} if optim.betas is not None else {}
-        optimizer = create_optimizer_v2(
-            self.model,
-            opt=optim.name,
-            lr=lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            layer_decay=optim.layer_decay,
-            **betas,
-            **optim.args,
-        )
+        try:
+            optimizer = create_optimizer_v2(
+                self.model,
+                opt=optim.name,
+                lr=lr,
+                weight_decay=optim.weight_decay,
+                momentum=optim.momentum,
+                layer_decay=optim.layer_decay,
+                **betas,
+                **optim.args,
+            )
+        except (TypeError, ValueError) as error:  # an argument that it does not know, or a value it refuses
+            given = self.recipe.shown("optim.args")
+            raise ConfigError(f"optim.args={given} do not fit optim.name={optim.name}: {error}") from None
         self.schedule = schedule(optimizer, optim, self.steps_per_epoch)
         return optimizer
 

@@ -6,13 +6,14 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ConfigError, IntegrityError, did_you_mean
+from zoo.rows import replaced
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -153,6 +154,7 @@ def create_model(
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ConfigError(f"num_classes must be 0 (no classifier) or more, found {num_classes!r}")
         kwargs["num_classes"] = num_classes
+    _refuse_numbers(kwargs)
 
     state = None
     if checkpoint_path is not None:
@@ -364,6 +366,16 @@ def _classifier_of_other_classes(
     return keys
 
 
+def _refuse_numbers(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what timm would take and compute nonsense with."""
+    channels = kwargs.get("in_chans", 3)
+    if not isinstance(channels, int) or channels < 1:
+        raise ConfigError(f"in_chans must be a whole number from 1, found {channels!r}")
+    for key, rate in kwargs.items():
+        if key.endswith("_rate") and not (isinstance(rate, int | float) and 0 <= rate < 1):
+            raise ConfigError(f"{key} must be from 0 to below 1, found {rate!r}")
+
+
 def _all() -> dict[str, Entry]:
     import_module("zoo.models")
     return _entries
@@ -397,7 +409,7 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
         from timm.models import build_model_with_cfg
 
         row = {f.name for f in fields(entry.config)} - set(inspect.signature(entry.model.__init__).parameters)
-        config = replace(entry.config, **{key: kwargs.pop(key) for key in row & kwargs.keys()})
+        config = replaced(entry.config, {key: kwargs.pop(key) for key in row & kwargs.keys()})
         kwargs.setdefault("num_classes", config.num_classes)
         if config.input_size != entry.config.input_size:  # then what timm says of the model follows
             side = config.input_size

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.attention.capture import AttentionRecord
+from zoo.errors import ConfigError
 
 
 class NeighborhoodAttention(nn.Module):
@@ -16,7 +17,7 @@ class NeighborhoodAttention(nn.Module):
     Shapes: [B, Y, X, C] in and out. A map smaller than kernel_size * dilation is padded with zeros at the
     bottom and right before the projection, so padded tokens carry its bias and are attended, as the
     published models do. Units: `dilation` in tokens; "largest" takes the largest that fits the map, min(Y,
-    X) // kernel_size. Raises: ValueError when num_heads does not divide dim.
+    X) // kernel_size. Raises: ConfigError when num_heads does not divide dim.
     Source: Hassani et al. 2023 (arXiv:2204.07143) Sec. 3; dilation: Hassani & Shi 2022 (arXiv:2209.15001).
     """
 
@@ -37,9 +38,9 @@ class NeighborhoodAttention(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         if dim % num_heads:
-            raise ValueError(f"dim {dim} must be a multiple of num_heads {num_heads}")
+            raise ConfigError(f"dim {dim} must be a multiple of num_heads {num_heads}")
         if dilation != "largest" and (not isinstance(dilation, int) or dilation < 1):
-            raise ValueError(f"dilation must be a positive number or 'largest', found {dilation!r}")
+            raise ConfigError(f"dilation must be a positive number or 'largest', found {dilation!r}")
         self.dim, self.num_heads = dim, num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
