@@ -7,11 +7,11 @@
     python scripts/bench/gpu_suite.py --compile-only     no GPU: compile all that would be launched
     python scripts/bench/gpu_suite.py --adopt FILE       take the tile sizes that a run found best
 
-Needs torch and Triton; a checkout need not be installed (`import zoo` finds the kernels beside it). Steps:
-ceilings of the device; compilation in parallel, in processes that see no GPU; every case at small sizes
-against the definition in float64, and no clock for a case that is wrong; tile sizes; times, each the median
-of CUDA-graph replays over fresh inputs, ours and the peers' in turn. The results are written after every
-figure, to scripts/bench/results/<device>.json unless said.
+Needs torch, Triton and NumPy; a checkout need not be installed (`import zoo` finds the kernels beside it).
+Steps: ceilings of the device; compilation in parallel, in processes that see no GPU; every case at small
+sizes against the definition in float64, and no clock for a case that is wrong; tile sizes; times, each the
+median of CUDA-graph replays over fresh inputs, ours and the peers' in turn. The results are written after
+every figure, to scripts/bench/results/<device>.json unless said.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from unittest import mock
 
@@ -77,6 +78,11 @@ class Results:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def keep(self, compiled: dict[str, dict[str, Any]]) -> None:
+        """Write what was compiled so far."""
+        self.found["compiled"] = compiled
+        self.save()
 
     def leave_out(self, what: str, why: str) -> None:
         """Note what was not done."""
@@ -199,39 +205,117 @@ STEPS = {"forward": forward, "training": training}
 # Compiling in parallel, without a GPU -----------------------------------------------------------------------
 
 
-def compile_case(case: Case, candidates: bool) -> int:
-    """Compile what the case launches at all its sizes; return how many kernels that were."""
+Unit = tuple[str, int]  # a case and the number of one of its sizes, dtypes or tables of tile sizes
+
+
+def units_of(case: Case, candidates: bool) -> list[tuple[dict[str, Any], torch.dtype, dict]]:
+    """What the case launches: sizes with their dtypes, and the tile sizes that are tried."""
+    units = [(size, dtype, {}) for size, dtype in product(case.small, DTYPES)]
+    tables = candidate_tables() if candidates and case.tuned else []
+    return [*units, *((case.large, torch.bfloat16, table) for table in ({}, *tables))]
+
+
+def compile_unit(case: Case, number: int, candidates: bool) -> int:
+    """Compile what one unit of the case launches, forward and training; return how many kernels it is."""
     from without_gpu import compiling, on_a_device
 
-    count = 0
-    sizes = [*product(case.small, DTYPES), (case.large, torch.bfloat16)]
-    for size, dtype in sizes:
-        problem = case.build(Maker(torch.device("cpu"), dtype, empty=True), **size)
-        tables = candidate_tables() if candidates and case.tuned and size is case.large else [{}]
-        for table in tables:
-            with compiling() as compiled, on_a_device(), tile_sizes(table):
-                training(lambda x, p=problem: p.run(x, "triton"), problem.leaves)
-            count += len(compiled)
-    return count
+    size, dtype, table = units_of(case, candidates)[number]
+    problem = case.build(Maker(torch.device("cpu"), dtype, empty=True), **size)
+    with compiling() as compiled, on_a_device(), tile_sizes(table):
+        training(lambda x: problem.run(x, "triton"), problem.leaves)
+    return len({id(kernel) for *_, kernel in compiled})
 
 
-def compile_all(cases: list[Case], architecture: str, candidates: bool) -> dict[str, dict[str, Any]]:
-    """Compile every case in a process of its own; Triton's cache on the disk keeps the result."""
+def work(architecture: str, candidates: bool) -> None:
+    """Compile one unit for every line of the standard input, answer each with a line."""
+    from without_gpu import compile_for
+
+    compile_for(architecture)
+    for line in sys.stdin:
+        name, number = json.loads(line)
+        case, begin, answer = next(case for case in CASES if case.name == name), time.process_time(), {}
+        try:
+            answer["kernels"] = compile_unit(case, number, candidates)
+        except Exception as error:
+            answer["error"] = f"{type(error).__name__}: {error}"[-2000:]
+        print(json.dumps({**answer, "seconds": time.process_time() - begin}), flush=True)
+
+
+def compile_all(
+    cases: list[Case],
+    architecture: str,
+    candidates: bool,
+    tell: Callable[[dict[str, dict[str, Any]]], None] = lambda table: None,
+) -> dict[str, dict[str, Any]]:
+    """Compile every unit of the cases, a process for each processor; Triton's cache on the disk keeps the
+    results. By case: kernels, CPU seconds and errors; `tell` gets the table after every unit."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, "--compile-worker", architecture]
+    # What is compiled for the clock first, since its heads are the widest and take the longest.
+    waiting: list[Unit] = sorted(
+        ((case.name, n) for case in cases for n in range(len(units_of(case, candidates)))),
+        key=lambda unit: unit[1],
+    )
+    table = {case.name: {"kernels": 0, "seconds": 0.0} for case in cases}
+    lock = Lock()
 
-    def one(case: Case) -> tuple[str, dict[str, Any]]:
-        command = [sys.executable, "-W", "ignore", __file__, "--compile-case", case.name, architecture]
-        begin = time.monotonic()
-        answer = subprocess.run(
-            command + ["--candidates"] * candidates, capture_output=True, text=True, env=environment
-        )
-        seconds = round(time.monotonic() - begin, 1)
-        if answer.returncode:
-            return case.name, {"error": answer.stderr.strip()[-2000:], "seconds": seconds}
-        return case.name, {"kernels": int(answer.stdout.split()[-1]), "seconds": seconds}
+    def serve(_: int) -> None:
+        with subprocess.Popen(
+            command + ["--candidates"] * candidates,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        ) as worker:  # fmt: skip
+            while True:
+                with lock:
+                    if not waiting:
+                        break
+                    unit = waiting.pop()
+                worker.stdin.write(json.dumps(unit) + "\n")
+                worker.stdin.flush()
+                line = worker.stdout.readline()
+                answer = json.loads(line) if line else {"error": f"the compiler died on unit {unit[1]}"}
+                with lock:
+                    row = table[unit[0]]
+                    row["kernels"] += answer.get("kernels", 0)
+                    row["seconds"] = round(row["seconds"] + answer.get("seconds", 0.0), 1)
+                    if "error" in answer:
+                        row.setdefault("error", answer["error"])
+                    tell(table)
+                if not line:
+                    break
+            worker.stdin.close()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(pool.map(one, cases))
+    workers = min(os.cpu_count() or 1, len(waiting))
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(serve, range(workers)))
+    for name, number in waiting:  # every worker died
+        table[name].setdefault("error", f"unit {number} was not compiled")
+    return table
+
+
+# The plan ---------------------------------------------------------------------------------------------------
+
+# Seconds, guessed and generous: starting and ceilings; a comparison; a tile size tried; a time; what a peer
+# takes to compile for a step. The run itself looks at the clock and leaves out what does not fit.
+GUESSED = {"begin": 15.0, "check": 1.0, "tile size": 0.5, "time": 1.0, "compiled peer": 6.0}
+
+
+def plan(cases: list[Case], tuning: bool, compiling: float, processors: int = 16) -> dict[str, float]:
+    """Seconds of every step of a run with so many processors, where all kernels take `compiling` CPU
+    seconds."""
+    from compile_kernels import WISHES
+
+    tried = sum(len(WISHES[name][2]) for name in ("forward", "dq", "dkv"))
+    small = {case.build: case.small[0] for case in CASES if case.small}
+    make = Maker(torch.device("cpu"), torch.float32, empty=True)
+    peers = [name for case in cases for name in case.build(make, **small[case.build]).peers]
+    slow = sum("compiled" in name or "flex" in name for name in peers)
+    return {
+        "begin": GUESSED["begin"],
+        "compile": compiling / processors,
+        "check": GUESSED["check"] * sum(len(case.small) * len(DTYPES) for case in cases),
+        "tune": GUESSED["tile size"] * tried * tuning * sum(case.tuned for case in cases),
+        "times": len(STEPS) * (GUESSED["time"] * (len(peers) + len(cases)) + GUESSED["compiled peer"] * slow),
+    }
 
 
 # Tile sizes -------------------------------------------------------------------------------------------------
@@ -427,7 +511,7 @@ def measure(cases: list[Case], path: Path | None, tuning: bool) -> int:
     results.found["ceilings"] = ceilings()
     results.save()
     architecture = "sm_" + about["capability"].replace(".", "")
-    results.found["compiled"] = compile_all(cases, architecture, candidates=tuning)
+    results.found["compiled"] = compile_all(cases, architecture, tuning, results.keep)
     results.save()
     print(f"{results.seconds_left():.0f} s left after compiling", flush=True)
     good = []
@@ -479,18 +563,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile-only", action="store_true", help="compile all, launch nothing")
     parser.add_argument("--architecture", default="sm_90", help="for --compile-only (default: sm_90)")
     parser.add_argument("--adopt", type=Path, metavar="FILE", help="take over the tile sizes of a run")
-    parser.add_argument("--compile-case", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--compile-worker", metavar="ARCHITECTURE", help=argparse.SUPPRESS)
     parser.add_argument("--candidates", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.adopt:
         print(adopt(given.adopt))
         return 0
-    if given.compile_case:
-        from without_gpu import compile_for
-
-        name, architecture = given.compile_case
-        compile_for(architecture)
-        print(compile_case(next(case for case in CASES if case.name == name), given.candidates))
+    if given.compile_worker:
+        work(given.compile_worker, given.candidates)
         return 0
     cases = [case for case in CASES if given.only in case.name]
     if not cases:
@@ -504,9 +584,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"left out: {case.name}: {case.op} has no Triton kernel yet", flush=True)
     cases = [case for case in cases if has_kernel(case)]
     if given.compile_only:
-        compiled = compile_all(cases, given.architecture, candidates=not given.no_tuning)
+        tell = (lambda table: given.out.write_text(json.dumps(table, indent=1) + "\n")) if given.out else None
+        options = {"tell": tell} if tell else {}
+        compiled = compile_all(cases, given.architecture, not given.no_tuning, **options)
         for name, row in compiled.items():
             print(f"{name}: {row.get('error') or str(row['kernels']) + ' kernels'} in {row['seconds']} s")
+        seconds = plan(cases, not given.no_tuning, sum(row["seconds"] for row in compiled.values()))
+        steps = ", ".join(f"{name} {length:.0f}" for name, length in seconds.items())
+        print(f"a run on 16 processors, in seconds: {steps}; {sum(seconds.values()):.0f} of {SECONDS}")
         return int(any("error" in row for row in compiled.values()))
     if not torch.cuda.is_available():
         parser.error("there is no GPU that PyTorch can use; --compile-only does what can be done without")

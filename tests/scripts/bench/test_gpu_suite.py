@@ -18,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 SUITE = ROOT / "scripts" / "bench" / "gpu_suite.py"
+COMPILING = 1500  # CPU seconds of all kernels, more than a dry run takes
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -191,6 +192,22 @@ def test_the_dry_run_compiles_a_case_at_all_its_sizes():
     assert answer.returncode == 0, answer.stdout + answer.stderr
     # Three kernels: one small size in three dtypes, one large.
     assert "segments of 900 to 1300 tokens, 16 heads of 128: 12 kernels" in answer.stdout
+    assert "a run on 16 processors, in seconds: begin 15, compile" in answer.stdout
+
+
+def test_a_whole_run_is_planned_for_less_than_its_limit(suite):
+    seconds = suite.plan(suite.CASES, tuning=True, compiling=COMPILING)
+    assert set(seconds) == {"begin", "compile", "check", "tune", "times"}
+    assert sum(seconds.values()) < suite.SECONDS < 540
+
+
+def test_what_does_not_compile_is_told_and_the_rest_compiled(suite, monkeypatch):
+    monkeypatch.setattr(suite, "work", None)
+    cases = [case for case in suite.CASES if case.name.startswith("gated")]
+    monkeypatch.setattr(suite, "__file__", str(Path(__file__).with_name("no_such_file.py")))
+    told = []
+    table = suite.compile_all(cases, "sm_90", False, lambda table: told.append(dict(table)))
+    assert "died" in table[cases[0].name]["error"] and told
 
 
 @pytest.mark.slow
