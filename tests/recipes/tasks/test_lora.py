@@ -18,6 +18,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -47,6 +49,11 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it, nothing is saved."""
 
 
+def slow(*values: object):
+    """A case for the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def tokenizer() -> Any:
     words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "square"]
     model = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -58,6 +65,14 @@ def tokenizer() -> Any:
 
 def text_model(kind: type, config: type) -> Any:
     return kind(config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+
+def clip_model() -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=77, eos_token_id=1, bos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return CLIPTextModel(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +101,35 @@ def flux(tmp_path_factory) -> Path:
         block_out_channels=(4, 4), latent_channels=1, norm_num_groups=2, sample_size=32,
         scaling_factor=0.5, shift_factor=0.1,
     )  # fmt: skip
-    clip = CLIPTextConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=8, eos_token_id=1, bos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
     pipe = diffusers.FluxPipeline(
-        tokenizer=tokenizer(), text_encoder=CLIPTextModel(clip).eval(), vae=vae,
+        tokenizer=tokenizer(), text_encoder=clip_model(), vae=vae,
         tokenizer_2=tokenizer(), text_encoder_2=text_model(T5EncoderModel, T5Config),
         transformer=tiny.build_flux(1), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("flux")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hunyuan_video(tmp_path_factory) -> Path:
+    """A HunyuanVideo pipeline whose clips of 5 frames of 32 x 32 pixels are latents of 2 x 4 x 4."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4, block_out_channels=(8,) * 4, layers_per_block=1,
+        norm_num_groups=4,
+    )  # fmt: skip
+    llama = LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    pipe = diffusers.HunyuanVideoPipeline(
+        tokenizer=tokenizer(), text_encoder=LlamaModel(llama).eval(), vae=vae,
+        tokenizer_2=tokenizer(), text_encoder_2=clip_model(), transformer=tiny.build_hunyuan(1),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hunyuan_video")
     pipe.save_pretrained(folder)
     return folder
 
@@ -123,23 +157,23 @@ def captioned(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def run(wan, flux, captioned, tmp_path, monkeypatch):
-    """Train adapters: run("wan" or "flux", "folder", "key=value", ..., resume=...)."""
+def run(request, captioned, tmp_path, monkeypatch):
+    """Train adapters: run("wan", "hunyuan_video" or "flux", "folder", "key=value", ..., resume=...)."""
     monkeypatch.setattr(pictures, "curves", lambda *_, **__: None)
 
     def train(kind: str, name: str, *overrides: str, **keywords: object):
-        pipe, data = {"wan": (wan, captioned[0]), "flux": (flux, captioned[1])}[kind]
+        pipe, data = request.getfixturevalue(kind), captioned[kind == "flux"]
         text = RECIPE.replace("KIND", kind).replace("PIPE", str(pipe)).replace("DATA", str(data))
         file = tmp_path / "tiny.yaml"
         file.write_text(text)
         if "resume" not in keywords:
             keywords["run_dir"] = tmp_path / name
-        return api.train(api.recipe(file, [*(VIDEO if kind == "wan" else PKA), *overrides]), **keywords)
+        return api.train(api.recipe(file, [*(PKA if kind == "flux" else VIDEO), *overrides]), **keywords)
 
     return train
 
 
-@pytest.mark.parametrize("kind", ["wan", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["wan", slow("hunyuan_video"), slow("flux")])
 def test_adapters_train_under_a_sparse_attention_and_resume_exactly(run, kind, tmp_path, monkeypatch):
     whole = run(kind, "whole")
     assert np.isfinite(whole.metrics["val_loss"])
