@@ -12,7 +12,7 @@ from zoo.attention import capture_attention
 from zoo.attention.swap import MECHANISMS
 from zoo.layers import count_macs
 
-BODIES = zoo.list_models("*_digits")
+BODIES = zoo.list_models("*_digits", task="classification")
 
 
 def build(name: str, **arguments) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 import zoo
 from zoo import ops
 
-SMALL = zoo.list_models("*_digits")
+SMALL = zoo.list_models("*_digits", task="classification")
 TRACED = [
     name if name == "nat_digits" else pytest.param(name, marks=pytest.mark.slow)
     for name in [*SMALL, "nat_mini"]
