@@ -107,12 +107,13 @@ def resume_point(where: Path) -> tuple[Path, Path | None]:
 def refuse_another(made: Recipe, saved: dict[str, Any], where: Path) -> list[str]:
     """Raise ConfigError naming the fields in which a recipe is another run than the saved one.
 
-    Returns the differences that a run may go on with, as texts `optim.lr 0.001 -> 0.0005`.
+    What a run of an older version does not say was as it is by default. Returns the differences that a run
+    may go on with, as texts `optim.lr 0.001 -> 0.0005`.
     """
     frozen, free = [], []
-    now = made.plain()
-    for key in _leaf_keys(saved) | _leaf_keys(now):
-        before, after = pick(saved, key), pick(now, key)
+    now, usual, said = made.plain(), type(made)().plain(), _leaf_keys(saved)
+    for key in said | _leaf_keys(now):
+        before, after = pick(saved if key in said else usual, key), pick(now, key)
         if before != after and key != "name":
             differs = f"{key} {before} -> {after}"
             (frozen if key.startswith(FROZEN) else free).append(differs)

@@ -20,6 +20,7 @@ from timm.scheduler import CosineLRScheduler
 from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
 from zoo.recipes import api
 from zoo.recipes.config import recipe
+from zoo.recipes.run_folder import refuse_another
 from zoo.recipes.schema import Optim
 from zoo.recipes.tasks import classification
 from zoo.recipes.tasks.classification import Classification
@@ -312,6 +313,16 @@ def test_resuming_as_another_run_names_what_differs(run, finished, override, wor
         run("x", override, resume=finished)
     assert words in str(refused.value)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_it_did_not_know(finished, tmp_path):
+    made = recipe(finished / "config.yaml")
+    older = made.plain()
+    del older["optim"]["cooldown_epochs"], older["augment"]["shear"]
+    assert refuse_another(made, older, tmp_path) == []
+    del older["optim"]["ema"]
+    with pytest.raises(ConfigError, match="optim.ema None -> 0.9"):
+        refuse_another(made, older, tmp_path)
 
 
 def test_resuming_with_other_classes_is_refused(run, finished, image_folder, tmp_path):
