@@ -178,7 +178,7 @@ def test_another_objective_is_another_run(run, made):
 @pytest.mark.parametrize(
     "overrides",
     [
-        "diffusion.objective=ddpm_v diffusion.min_snr=5 sampling.sampler=ddim diffusion.times=uniform",
+        slow("diffusion.objective=ddpm_v diffusion.min_snr=5 sampling.sampler=ddim diffusion.times=uniform"),
         slow("diffusion.objective=ddpm_epsilon diffusion.noise_schedule=cosine sampling.sampler=ddpm"),
         slow("diffusion.times=mode diffusion.shift=3 sampling.sampler=heun sampling.interval=[0.2,0.8]"),
         slow(
@@ -542,7 +542,7 @@ def test_a_model_of_prompts_trains_and_draws(tmp_path, monkeypatch, capsys):
 # ---- attentions
 
 
-@pytest.mark.parametrize("attention", ["global", *MECHANISMS])
+@pytest.mark.parametrize("attention", MECHANISMS)
 def test_every_attention_trains_a_step_in_a_dit(recipe_file, attention):
     args = f"model.args={{depth: 2, hidden_size: 32, num_heads: 2, in_channels: 3, attention: {attention}}}"
     recipe = read(recipe_file, [args])
@@ -591,6 +591,7 @@ def latent_overrides(vae_folder: Path, cache: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_latents_are_computed_once_and_trained_on(run, vae_folder, tmp_path, monkeypatch):
     options = [*latent_overrides(vae_folder, tmp_path / "cache"), "optim.epochs=1", "sampling.count=2"]
     run("first", *options)

@@ -49,11 +49,6 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it, nothing is saved."""
 
 
-def slow(*values: object):
-    """A case for the slow tests."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 def tokenizer() -> Any:
     words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "square"]
     model = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -173,7 +168,8 @@ def run(request, captioned, tmp_path, monkeypatch):
     return train
 
 
-@pytest.mark.parametrize("kind", ["wan", slow("hunyuan_video"), slow("flux")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wan", "hunyuan_video", "flux"])
 def test_adapters_train_under_a_sparse_attention_and_resume_exactly(run, kind, tmp_path, monkeypatch):
     whole = run(kind, "whole")
     assert np.isfinite(whole.metrics["val_loss"])
@@ -240,6 +236,7 @@ def test_flux_is_called_as_its_pipeline_calls_it():
     torch.testing.assert_close(found, expected.reshape(found.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -257,6 +254,7 @@ def test_what_does_not_fit_is_one_line(run, overrides, words):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_too_few_frames_and_a_missing_caption_are_one_line(run, captioned, tmp_path):
     with pytest.raises(DataError, match=r"has 5 of data.frames=9 frames"):
         run("wan", "x", "data.frames=9")
