@@ -478,7 +478,7 @@ def pixel_transform(settings: InputSettings, changes: Sequence[Any] = ()) -> tra
 def as_pixels(images: Images, settings: InputSettings, which: Sequence[int]) -> np.ndarray:
     """Some images as the network sees them, uint8 [N, y, x, C]."""
     transform = pixel_transform(settings)
-    images = getattr(images, "images", images)  # those behind latents
+    images = images.images if isinstance(images, LatentImages) else images
     seen = torch.stack([transform(images.load(index)) for index in which])
     return (255 * (seen / 2 + 0.5)).round().byte().movedim(1, -1).numpy()
 

@@ -491,6 +491,12 @@ def test_a_copy_is_found():
     assert nearest(black, white)[0][0] == 4  # the root of 16 pixels
 
 
+def test_real_images_are_compared_as_the_network_sees_them():
+    settings = generation.pixel_settings((1, 16, 16))
+    found = generation.as_pixels(digits.Digits(train=False), settings, [0, 5])
+    assert np.abs(found.astype(int) - enlarged(digits.held_out()[0][[0, 5]])).max() <= 1
+
+
 # ---- prompts
 
 
