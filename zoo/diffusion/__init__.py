@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from zoo.diffusion.agent import AgentConfig, agentsd_attention, apply_agent
-from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites
+from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites, handles
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
 from zoo.diffusion.pka import PKAConfig, apply_group_mask, apply_pka
 from zoo.diffusion.radial import RadialConfig, apply_radial_attention
@@ -67,6 +67,7 @@ __all__ = [
     "csas_timesteps",
     "find_keywords",
     "group_attention",
+    "handles",
     "keyword_routing",
     "make_scheduler",
     "pka_attention",

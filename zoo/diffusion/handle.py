@@ -156,6 +156,7 @@ class Processor:
     _parallel_config = None
     # Older processors of diffusers know no backends: the process-wide default must not reach them either.
     dispatches = True
+    handle: Any = None
     # What `prepare` gave to this forward and what `attend` found in it: another object for every forward.
     memory: Any = None
 
@@ -192,6 +193,10 @@ class Processor:
             return compute()
         with self.state.as_in(self.state.of_this_backward(remembers=self.memory is not None)):
             return compute()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a block must not take the whole model along."""
+        return {**vars(self), "handle": None}
 
     def compute(
         self,
@@ -375,6 +380,7 @@ class Handle:
                 for name, layer in site.layers.items():
                     original = stock_of(layer.processor)
                     ours = processor(name, site.adapter, original, self._state, config)
+                    ours.handle = self
                     ours.dispatches = hasattr(original, "_attention_backend")
                     ours._attention_backend = getattr(original, "_attention_backend", None)
                     site.originals[name], site.processors[name] = original, ours
@@ -470,6 +476,11 @@ class Handle:
         """A copy of the model must not take the pipeline along."""
         return {**vars(self), "_target": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for processor in self._processors:
+            processor.handle = self
+
     def __enter__(self) -> Handle:
         if not self._active:
             raise ConfigError(f"this handle was removed already; call {self._function} again")
@@ -513,6 +524,7 @@ class Handle:
         state.layout = layout
         state.groups = self._groups(site.adapter, layout, mask, hidden_states.device)
         state.sparse = sparse and any(group.plan is not None for group in state.groups)
+        state.kind = None
         if torch.is_grad_enabled() and state.task == -1:
             state.kind = (
                 site.adapter.model, layout, state.sparse, state.is_training, self._phase,
@@ -759,13 +771,25 @@ def apply(
     return Handle(sites, processor, config, method, dense_steps, target)
 
 
+def handles(pipe_or_transformer: Any) -> list[Handle]:
+    """Return the handles applied to a pipeline or transformer, also those that nobody has kept."""
+    modules = (module for entry in entries_of(pipe_or_transformer) for module in entry.modules())
+    processors = (getattr(module, "processor", None) for module in modules)
+    found = (p.handle for p in processors if isinstance(p, Processor) and not p.state.is_removed)
+    return list({id(handle): handle for handle in found if handle is not None}.values())
+
+
+def entries_of(target: Any) -> list[nn.Module]:
+    """What of a pipeline may be changed, or the module itself."""
+    if isinstance(target, nn.Module):
+        return [target]
+    parts = (getattr(target, name, None) for name in ("transformer", "transformer_2", "unet"))
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
 def find_sites(target: Any, method: str, dense_layers: int | Sequence[int | str] = 0) -> list[Site]:
     """Return the transformers of `target` and the layers to change, or raise ConfigError; change nothing."""
-    if isinstance(target, nn.Module):
-        entries = [target]
-    else:
-        parts = (getattr(target, name, None) for name in ("transformer", "transformer_2", "unet"))
-        entries = [part for part in parts if isinstance(part, nn.Module)]
+    entries = entries_of(target)
     allowed = [adapter for adapter in ADAPTERS if method in adapter.methods]
     names = ", ".join(adapter.model.__name__ for adapter in allowed)
     if not entries:
@@ -840,7 +864,9 @@ def refuse_foreign_processor(name: str, processor: Any, adapter: Adapter) -> Non
     """Raise ConfigError for a processor that cannot be replaced without losing what it does."""
     found = type(processor).__name__
     if isinstance(processor, Processor):
-        raise ConfigError(f"{name} has a {found} already; call remove() of its handle first")
+        raise ConfigError(
+            f"{name} has a {found} already; call remove() of its handle (diffusion.handles finds it)"
+        )
     if type(processor) not in adapter.stock:
         allowed = ", ".join(cls.__name__ for cls in adapter.stock)
         raise ConfigError(

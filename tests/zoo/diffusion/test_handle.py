@@ -218,6 +218,24 @@ def test_a_second_call_is_refused_and_leaves_the_first_in_place(flux):
         assert is_unchanged(flux, before)
 
 
+def test_a_handle_that_nobody_holds_is_found(make_pipe):
+    pipe = make_pipe()
+    assert diffusion.handles(pipe) == []
+    before = snapshot(pipe.transformer)
+    diffusion.apply_neighborhood(torch.compile(pipe.transformer), 3, dense_layers=LAYERS[:1])
+    diffusion.apply_neighborhood(pipe, 5, dense_layers=LAYERS[1:])
+    with pytest.raises(ConfigError, match=r"call remove\(\) of its handle \(diffusion.handles"):
+        diffusion.apply_neighborhood(pipe, 3)
+    assert diffusion.handles(copy.deepcopy(pipe.transformer.transformer_blocks[0])) == []  # it has no model
+    found, twins = diffusion.handles(pipe), diffusion.handles(copy.deepcopy(pipe))
+    assert [handle.layers for handle in found] == [LAYERS[:1], LAYERS[1:]]
+    assert [handle.layers for handle in twins] == [LAYERS[:1]]  # the other one watches the compiled wrapper
+    assert not {id(handle) for handle in found} & {id(handle) for handle in twins}
+    for handle in found:
+        handle.remove()
+    assert diffusion.handles(pipe) == [] and is_unchanged(pipe.transformer, before)
+
+
 def test_a_foreign_processor_is_refused_unless_its_layer_stays_dense(flux):
     foreign = FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=32)
     flux.transformer_blocks[1].attn.set_processor(foreign)

@@ -492,6 +492,11 @@ def test_a_checkpoint_of_somebody_else_has_the_masks_of_its_step_or_refuses():
         loss = sum(again(**conditioned(timestep=t))[0].square().mean() for t in (0.9, 0.6))
         with pytest.raises(ConfigError, match="call backward after each of them"):
             loss.backward()
+    with diffusion.apply_pka(again, **settings):
+        loss = again(**conditioned(timestep=0.9))[0].square().mean()
+        output(again, conditioned(timestep=0.6))  # goes on with the masks of that
+        with pytest.raises(ConfigError, match="call backward after each of them"):
+            loss.backward()
 
 
 def test_sizes_and_conditions_may_change_and_a_second_generation_equals_the_first():
