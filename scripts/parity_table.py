@@ -1,0 +1,83 @@
+"""Write the table of parity into README.md: the largest relative error of every family against the stored
+outputs of its published code. Needs the golden cases (`ZOO_GOLDENS` names their folder)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import zoo
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+START, END = "<!-- parity -->", "<!-- /parity -->"
+FAMILIES = ("nat", "biformer", "dat", "davit", "agent")
+
+
+def folder() -> Path:
+    """Where the cases lie."""
+    return Path(os.environ.get("ZOO_GOLDENS", ROOT.parent / "shared" / "goldens"))
+
+
+def loader() -> ModuleType:
+    """What reads them, from beside them."""
+    spec = importlib.util.spec_from_file_location("golden", folder() / "golden.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def errors(golden: ModuleType, case: Path) -> tuple[float, float]:
+    """Relative error of the logits, and the largest of the stored features of stages, 0 if there are none."""
+    facts, stored = golden.load_case(case)
+    state = golden.reference_state_dict(facts)
+    derived = {key: torch.zeros(shape) for key, shape in facts.get("derived", ())}
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "published.pth"
+        torch.save(state | derived, file)
+        model = zoo.create_model(facts["zoo_name"], checkpoint_path=file).eval()
+    image = golden.seeded_normal("input", facts["input_shape"], facts["seed"])
+    with torch.no_grad():
+        last, features = model.forward_intermediates(image)
+        logits = model.forward_head(last)
+    worst = 0.0
+    kept = [name for name in stored if name.startswith("feat")]
+    for name, feature in zip(kept, features[-len(kept) :] if kept else (), strict=True):
+        # Of large maps every so many pixels and channels are stored.
+        steps = facts["features"]["stored"][name].strip("[]").split(",")[1:]
+        part = feature[(slice(None), *(slice(None, None, int(step.strip(" :") or 1)) for step in steps))]
+        worst = max(worst, golden.relative_error(part, stored[name]))
+    return golden.relative_error(logits, stored["logits"]), worst
+
+
+def table() -> str:
+    """One row for each family."""
+    golden = loader()
+    rows = ["| family | cases | logits | features of the stages |", "| --- | ---: | ---: | ---: |"]
+    for family in FAMILIES:
+        cases = [case.with_suffix("") for case in sorted((folder() / family).glob("*.json"))]
+        found = [errors(golden, case) for case in cases if "logits" in golden.load_case(case)[1]]
+        if not found:
+            sys.exit(f"error: no golden cases of {family} in {folder()}; set ZOO_GOLDENS")
+        logits, features = map(max, zip(*found, strict=True))
+        stages = f"{features:.1e}" if features else "-"
+        rows.append(f"| {family} | {len(found)} | {logits:.1e} | {stages} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    made = table()  # takes minutes, in which the text may change
+    before, _, rest = README.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{START}\n{made}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
