@@ -646,3 +646,16 @@ def test_latents_that_do_not_fit_are_one_line(run, vae_folder, tmp_path, overrid
     with pytest.raises(ConfigError, match=words) as refused:
         run("x", *latent_overrides(vae_folder, tmp_path / "cache"), *overrides)
     assert "\n" not in str(refused.value)
+
+
+# ---- the shipped model
+
+
+def test_the_shipped_model_makes_the_digits_that_are_asked_for(judge):
+    from zoo.weights.manifest import entries_of
+
+    (entry,) = entries_of("dit_digits")
+    assert entry.packaged.stat().st_size == entry.size < 1_500_000
+    made = api.generate("dit_digits", classes=["3", 8], count=6, steps=12, seed=1)
+    seen = judge.see([image for _, image in made])
+    assert sum(found == title for found, (title, _) in zip(seen, made, strict=True)) >= 11
