@@ -44,6 +44,7 @@ class Case:
     tiny: Tiny
     apply: Callable[..., Any]
     dense_steps: int = 3
+    guidance: tuple[str, ...] = ("batched", "split")
 
     def __repr__(self) -> str:
         return self.name
@@ -64,12 +65,16 @@ class Case:
 
 CASES = [
     Case("radial-wan", WAN, lambda m, **k: diffusion.apply_radial_attention(m, **RADIAL, **k)),
-    Case("radial-hunyuan", HUNYUAN, lambda m, **k: diffusion.apply_radial_attention(m, **RADIAL, **k)),
+    Case(
+        "radial-hunyuan", HUNYUAN, lambda m, **k: diffusion.apply_radial_attention(m, **RADIAL, **k),
+        guidance=("batched",),
+    ),
     Case("neighborhood-flux", FLUX, lambda m, **k: diffusion.apply_neighborhood(m, 3, **k)),
     Case("pka-every-step", FLUX, lambda m, **k: diffusion.apply_pka(m, **KEYWORDS, **k)),
     Case(
         "pka-first-step", FLUX,
         lambda m, **k: diffusion.apply_pka(m, **KEYWORDS, refresh="once", share_routing=True, **k),
+        guidance=("split",),
     ),
     Case("group-mask", FLUX, lambda m, **k: diffusion.apply_group_mask(m, "omini", **CONDITIONS, **k)),
     Case("agent", SD15, lambda m, **k: diffusion.apply_agent(m, early_steps=3, **k), dense_steps=0),
@@ -109,8 +114,11 @@ def stock_graphs(tiny: Tiny, has_conditions: bool, guidance: str) -> dict[str, i
     return {kind: counter.frame_count for kind, counter in counters.items()}
 
 
-@pytest.mark.parametrize("guidance", ["batched", "split"])
-@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(
+    ("case", "guidance"),
+    [(case, guidance) for case in CASES for guidance in case.guidance],
+    ids=lambda value: value if isinstance(value, str) else repr(value),
+)
 def test_each_kind_of_block_has_one_graph_for_dense_and_one_for_sparse_steps(case, guidance):
     stock = stock_graphs(case.tiny, case.has_conditions, guidance)
     model, counters = compiled(case.tiny.build(2))
