@@ -25,6 +25,16 @@ def test_its_python_runs_as_printed(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def test_the_analysis_page_shows_files_that_exist_and_runs_as_printed(tmp_path):
+    page = ROOT / "zoo" / "analysis" / "README.md"
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+    (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    pytest.importorskip("triton")
+    result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.mark.slow  # counts every model, which takes a minute
 def test_its_model_table_is_up_to_date():
     check = [sys.executable, str(ROOT / "scripts" / "model_table.py"), "--check"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_a_comparison_has_every_mechanism_at_every_size():
     ]
     assert set(made.exponents["global"]) == {"time", "macs"}
     assert bench.Report.from_plain(json.loads(json.dumps(made.plain()))) == made
+
+
+def test_the_measured_exponents_are_as_promised_and_as_written():
+    """Of the last measurement that is stored: linear mechanisms at most 1.15 in tokens, global about 2."""
+    root = Path(__file__).resolve().parents[3]
+    stored = json.loads((root / "scripts" / "bench" / "results" / "attention_cpu.json").read_text())
+    found = bench.Report.from_plain(stored).exponents
+    for name in ("neighborhood", "agent", "channel", "bilevel"):
+        assert found[name]["time"] <= 1.15, name
+    assert 1.7 <= found["global"]["time"] <= 2.2
+    text = (root / "zoo" / "analysis" / "README.md").read_text()
+    for name, fitted in found.items():
+        assert f"| {name} | {fitted['time']:.2f} | {fitted['memory']:.2f} |" in text
 
 
 def test_mistakes_say_what_is_right():
