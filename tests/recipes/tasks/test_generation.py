@@ -659,3 +659,11 @@ def test_the_shipped_model_makes_the_digits_that_are_asked_for(judge):
     made = api.generate("dit_digits", classes=["3", 8], count=6, steps=12, seed=1)
     seen = judge.see([image for _, image in made])
     assert sum(found == title for found, (title, _) in zip(seen, made, strict=True)) >= 11
+
+
+@pytest.mark.slow
+def test_the_shipped_model_is_measured_and_copies_nothing():
+    found = api.evaluate("dit_digits", overrides=["sampling.count=100", "sampling.guidance=[2.0]"])
+    assert found.made[2.0]["recognised"] >= 0.97
+    assert found.made[2.0]["nearest"] > 0.8 * found.real["nearest"]
+    assert found.made[2.0]["fid"] < 2
