@@ -17,7 +17,7 @@ class OutOfBounds(AssertionError):
 
 
 class Race(AssertionError):
-    """Two programs wrote one address."""
+    """Two programs wrote one address, or one read what another had written."""
 
 
 class Sanitizer:
@@ -27,14 +27,17 @@ class Sanitizer:
         self.launches = 0
         self._ranges: list[tuple[int, int]] = []
         self._written: dict[tuple, list[np.ndarray]] = defaultdict(list)
+        self._changed: set[int] = set()  # numbers of ranges
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        """Wrap what the interpreter calls for a load, a store and a launch."""
+        """Wrap what the interpreter calls for a load, a store, an atomic addition and a launch."""
         builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
         load, store, run = builder.create_masked_load, builder.create_masked_store, executor.__call__
+        atomic = builder.create_atomic_rmw
 
         def checked_load(inner, pointers, mask, *rest, **options):
-            self._inside(pointers, mask.data, "load")
+            addresses = self._inside(pointers, mask.data, "load")
+            self._not_of_others(addresses, inner.grid_idx)
             return load(inner, pointers, mask, *rest, **options)
 
         def checked_store(inner, pointers, value, mask, *rest, **options):
@@ -42,9 +45,13 @@ class Sanitizer:
             self._written[inner.grid_idx].append(addresses)
             return store(inner, pointers, value, mask, *rest, **options)
 
+        def checked_atomic(inner, operation, pointers, value, mask, *rest, **options):
+            self._inside(pointers, mask.data, "atomic")
+            return atomic(inner, operation, pointers, value, mask, *rest, **options)
+
         def checked_run(executor_, *arguments, **options):
             self.launches += 1
-            self._ranges, self._written = [], defaultdict(list)
+            self._ranges, self._written, self._changed = [], defaultdict(list), set()
             self._add((*arguments, *options.values()))
             run(executor_, *arguments, **options)
             each = [np.unique(np.concatenate(stores)) for stores in self._written.values()]
@@ -54,6 +61,7 @@ class Sanitizer:
 
         patch.setattr(builder, "create_masked_load", checked_load)
         patch.setattr(builder, "create_masked_store", checked_store)
+        patch.setattr(builder, "create_atomic_rmw", checked_atomic)
         patch.setattr(executor, "__call__", checked_run)
 
     def _add(self, argument: object) -> None:
@@ -62,15 +70,30 @@ class Sanitizer:
                 self._add(part)
         elif isinstance(argument, torch.Tensor):
             storage = argument.untyped_storage()
-            self._ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+            both_ends = (storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+            if both_ends not in self._ranges:  # views of one memory are one
+                self._ranges.append(both_ends)
+
+    def _not_of_others(self, lanes: np.ndarray, program: tuple) -> None:
+        """Programs run one after the other here and in any order on a GPU. A program may read what it wrote
+        itself; what earlier ones wrote it must not, and most read nothing that the launch writes."""
+        ranges = [self._ranges[number] for number in self._changed]
+        if not any(((lanes >= begin) & (lanes < end)).any() for begin, end in ranges):
+            return
+        others = [x for writer, stores in self._written.items() if writer != program for x in stores]
+        if others and (seen := np.isin(lanes, np.concatenate(others))).any():
+            raise Race(f"{seen.sum()} addresses read that another program wrote")
 
     def _inside(self, pointers, mask: np.ndarray, what: str) -> np.ndarray:
         lanes, mask = np.broadcast_arrays(pointers.data, mask)
         lanes = lanes[mask.astype(bool)]
         size = pointers.get_element_ty().primitive_bitwidth // 8
         good = np.zeros(lanes.shape, dtype=bool)
-        for begin, end in self._ranges:
-            good |= (lanes >= begin) & (lanes + size <= end)
+        for number, (begin, end) in enumerate(self._ranges):
+            within = (lanes >= begin) & (lanes + size <= end)
+            if what != "load" and within.any():
+                self._changed.add(number)
+            good |= within
         if not good.all():
             raise OutOfBounds(f"{what}: {(~good).sum()} of {lanes.size} lanes outside every tensor")
         return lanes
