@@ -61,6 +61,15 @@ def test_its_operators_pass_the_checks_of_pytorch(op, small_tiles):
         torch.library.opcheck(function, arguments, options, test_utils=tests)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", WITH_TRITON)
+def test_gradients_are_those_of_finite_differences(op, small_tiles):
+    tensors = CASES[op].inputs(torch.float64, B=1, H=1, D=4)
+    leaves = tuple(x.requires_grad_() for x in tensors.values())
+    run = lambda *leaves: call(op, dict(zip(tensors, leaves, strict=True)), "triton")  # noqa: E731
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
 def test_no_operator_is_left_out():
     found = {name.removesuffix(".default").replace(".", "::") for op in WITH_TRITON for name in calls(op)}
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("zoo::")}
