@@ -17,6 +17,7 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from zoo.errors import ConfigError, ZooError
 from zoo.recipes.data.loader import EpochLoader, reseed
@@ -33,6 +34,10 @@ class Training(pl.LightningModule):
         self.model, self.recipe, self.loader, self.objective = model, recipe, loader, objective
         freeze(model, recipe.model.freeze)
         self.still = still_modules(model)
+        self.groups = None
+        if recipe.trainer.strategy.startswith("fsdp"):
+            # Which parameters decay is read off their shapes, and sharding flattens them: keep the names.
+            self.groups = _named_groups(model, self._optimizer(model, recipe.optim.lr))
         ema = recipe.optim.ema
         self.ema = ModelEmaV3(model, decay=ema).requires_grad_(False) if ema is not None else None
         self.result: dict[str, float] = {}
@@ -56,23 +61,42 @@ class Training(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.recipe.optim
         lr = optim.lr * rate_factor(self.recipe, self.trainer.world_size)
+        trained: nn.Module | list[dict[str, Any]] = self.model
+        if self.groups is not None:
+            named = self.model.named_parameters()
+            parameters = {name.replace("_fsdp_wrapped_module.", ""): each for name, each in named}
+            trained = [
+                {**options, "params": [parameters[name] for name in names]} for names, options in self.groups
+            ]
+        optimizer = self._optimizer(trained, lr)
+        self.schedule = schedule(optimizer, optim, self.steps_per_epoch)
+        return optimizer
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val is not None and isinstance(self.trainer.model, FullyShardedDataParallel):
+            self.trainer.model.clip_grad_norm_(gradient_clip_val)  # a shard alone does not know the norm
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _optimizer(self, trained: nn.Module | list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        optim = self.recipe.optim
         betas = {"betas": tuple(optim.betas)} if optim.betas is not None else {}
         try:
-            optimizer = create_optimizer_v2(
-                self.model,
+            return create_optimizer_v2(
+                trained,
                 opt=optim.name,
                 lr=lr,
                 weight_decay=optim.weight_decay,
                 momentum=optim.momentum,
-                layer_decay=optim.layer_decay,
+                layer_decay=optim.layer_decay if isinstance(trained, nn.Module) else None,
                 **betas,
                 **optim.args,
             )
         except (TypeError, ValueError) as error:  # an argument that it does not know, or a value it refuses
             given = self.recipe.shown("optim.args")
             raise ConfigError(f"optim.args={given} do not fit optim.name={optim.name}: {error}") from None
-        self.schedule = schedule(optimizer, optim, self.steps_per_epoch)
-        return optimizer
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout, drop path and mixup of a step follow from its number: a resumed run repeats them exactly.
@@ -94,7 +118,9 @@ class Training(pl.LightningModule):
             self.ema.update(self.model)
         step = self.trainer.global_step + 1
         if step % self.recipe.trainer.log_every == 0:
-            self.write(step, train_loss=torch.stack(self.losses).mean().item(), lr=self.lr)
+            loss = torch.stack(self.losses).mean()  # of all processes: each had its part of the images
+            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+            self.write(step, train_loss=loss.item(), lr=self.lr)
         self.losses.clear()
 
     @property
@@ -134,6 +160,20 @@ class Training(pl.LightningModule):
             f"{self.current_epoch + 1}, batch {batch_idx + 1}: {some}; lr {self.lr:.3g}); it is not saved; "
             "lower optim.lr, set optim.clip_grad or use trainer.precision=32-true, and look at these images"
         )
+
+
+def _named_groups(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[tuple[list[str], dict[str, Any]]]:
+    """Return an optimiser's groups as names of parameters and what is said of a group alone."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        (
+            [names[id(each)] for each in group["params"]],
+            {key: group[key] for key in ("weight_decay", "lr_scale") if key in group},
+        )
+        for group in optimizer.param_groups
+    ]
 
 
 def rate_factor(recipe: Recipe, processes: int) -> float:
