@@ -11,6 +11,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 
 
+def pytest_configure(config):
+    """The interpreter of Triton 3.6 makes numbers of arrays, of which NumPy to 2.3 only warns."""
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+    )
+
+
 @pytest.fixture(autouse=True)
 def sanitizer(monkeypatch):
     """Bounds, races and unwritten results, in every test."""
