@@ -70,6 +70,13 @@ def _mask_sets() -> Sequence[str]:
     return NAMES
 
 
+def _is_devices(devices: int | str) -> bool:
+    if isinstance(devices, int):
+        return devices == -1 or devices > 0
+    numbers = [part.strip() for part in devices.removesuffix(",").split(",")]
+    return devices in ("auto", "-1") or all(part.isdecimal() for part in numbers) and devices != "0"
+
+
 def _is_auto_augment(text: str) -> bool:
     from timm.data.auto_augment import (
         augment_and_mix_transform,
@@ -198,7 +205,7 @@ class Trainer:
     """Lightning's own names where Lightning has one, and what the run folder keeps."""
 
     accelerator: str = choice("auto", ("auto", "cpu", "gpu", "cuda", "mps", "tpu"))
-    devices: int | str = "auto"
+    devices: int | str = notation("auto", _is_devices, "a number of devices, -1 or auto for all, or 0,1")
     num_nodes: int = number(1, low=1)
     strategy: str = "auto"
     sync_batchnorm: bool = False  # batch norm over the images of all processes

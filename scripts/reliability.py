@@ -1,7 +1,8 @@
 """Run the reliability scorecard and write its table: python scripts/reliability.py [R06 R35 ...].
 
 The checks are in tests/reliability/scorecard.yaml, the table goes to tests/reliability/README.md. With
-numbers, only those run, and the table is printed.
+numbers, only those run, and the table is printed. `--reports fast.xml slow.xml` takes the outcomes of runs of
+all tests, `bash scripts/test.sh --junitxml=fast.xml ...`, instead.
 """
 
 from __future__ import annotations
@@ -58,19 +59,24 @@ def _functions(tests: list[str]) -> list[str]:
 
 
 def run(tests: list[str]) -> dict[str, list[tuple[str, float]]]:
-    """Outcome and seconds of every case, by test function; what was not collected is missing."""
+    """What `read` finds after a run of these tests."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "8"]
         subprocess.run([*command, f"--junitxml={report}", *tests], cwd=ROOT, check=False)
-        cases = defaultdict(list)
-        for case in ET.parse(report).iter("testcase"):
-            kinds = {child.tag for child in case}
-            outcome = next((kind for kind in ("error", "failure", "skipped") if kind in kinds), "passed")
-            file = case.get("classname").replace(".", "/") + ".py"
-            name = f"{file}::{case.get('name').partition('[')[0]}"
-            cases[name].append((outcome, float(case.get("time"))))
-        return cases
+        return read([report])
+
+
+def read(reports: list[Path]) -> dict[str, list[tuple[str, float]]]:
+    """Outcome and seconds of every case, by test function; what was not collected is missing."""
+    cases = defaultdict(list)
+    for case in (case for report in reports for case in ET.parse(report).iter("testcase")):
+        kinds = {child.tag for child in case}
+        outcome = next((kind for kind in ("error", "failure", "skipped") if kind in kinds), "passed")
+        file = case.get("classname").replace(".", "/") + ".py"
+        name = f"{file}::{case.get('name').partition('[')[0]}"
+        cases[name].append((outcome, float(case.get("time"))))
+    return cases
 
 
 def table(checks: list[Check], cases: dict[str, list[tuple[str, float]]]) -> str:
@@ -88,13 +94,16 @@ def table(checks: list[Check], cases: dict[str, list[tuple[str, float]]]) -> str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", nargs="*", help="checks to run, R01 to R44 (default: all)")
-    numbers = parser.parse_args().numbers
+    parser.add_argument("--reports", nargs="+", type=Path, metavar="XML", help="outcomes of finished runs")
+    arguments = parser.parse_args()
+    numbers = arguments.numbers
     checks = scorecard()
     unknown = set(numbers) - {check.number for check in checks}
     if unknown:
         parser.error(f"no check {', '.join(sorted(unknown))}; there are R01 to R{len(checks):02d}")
     chosen = [check for check in checks if not numbers or check.number in numbers]
-    rows = table(chosen, run(sorted({test for check in chosen for test in check.tests})))
+    wanted = sorted({test for check in chosen for test in check.tests})
+    rows = table(chosen, read(arguments.reports) if arguments.reports else run(wanted))
     print(rows)
     if not numbers:
         (FOLDER / "README.md").write_text(HEAD + rows)

@@ -152,6 +152,17 @@ def test_values_that_do_not_fit_together_are_refused(good, overrides, words):
     assert words in refused(good, *overrides, names=False)
 
 
+@pytest.mark.parametrize("devices", [0, -5, "cat", "0,x", ""])
+def test_devices_are_checked_before_anything_runs(good, devices):
+    with pytest.raises(ConfigError, match="trainer.devices"):
+        recipe(good, [f"trainer.devices={devices}"])
+
+
+@pytest.mark.parametrize("devices", [1, 8, -1, "auto", "'0,1'", "'3,'"])
+def test_devices_as_lightning_counts_them(good, devices):
+    recipe(good, [f"trainer.devices={devices}"])
+
+
 @pytest.mark.parametrize("text", ["", "optim.lr", "=3", "a..b=1", "optim.lr=[", "optim=3", "base=x"])
 def test_an_override_must_be_key_equals_value(good, text):
     refused(good, text, names=False)
