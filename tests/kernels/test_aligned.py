@@ -48,6 +48,7 @@ def test_it_is_attention_to_all_places_that_are_near(backend, axes, heads):
         torch.testing.assert_close(x, truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("radius", [0, 1, (0, 2)])
 def test_gradients_are_right_of_output_and_lse_and_once_more(backend, radius):

@@ -284,6 +284,7 @@ def test_memory_does_not_grow_with_the_number_of_routes(monkeypatch):
     assert seen.elements <= 2 * q.numel()  # the copy for each route would be 16 times q
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("way", ["dense", "gathered"], indirect=True)
 def test_it_compiles_and_exports_with_any_batch(return_lse, way):

@@ -261,6 +261,7 @@ def test_it_compiles_to_one_graph_and_trains_there(backend):
     assert layer.table.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "strict"), [("reference", False), ("cpu", False), ("cpu", True)])
 def test_it_exports_with_any_batch(backend, strict):
     q, _, _, positions, _ = inputs((5, 6), dtype=torch.float32)

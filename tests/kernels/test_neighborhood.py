@@ -395,6 +395,7 @@ class _Layer(nn.Module):
         return ops.neighborhood_attention(q, k, v, 7, dilation=2, rpb=self.rpb, backend=self.backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "dynamic"), [("cpu", None), ("cpu", True), ("reference", None)])
 def test_it_compiles_to_one_graph_for_any_size_and_trains_there(backend, dynamic):
     torch._dynamo.reset()
@@ -424,6 +425,7 @@ def test_a_compiled_call_follows_the_backend_of_its_block():
     assert [torch.functional.einsum in graph for graph in graphs] == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_it_exports_with_any_batch_and_needs_nothing_of_the_zoo(strict, backend, tmp_path):

@@ -485,6 +485,7 @@ def test_r01_every_public_function_is_either_tried_or_reads_no_weights():
     assert functions - {"Verdict", "find_weights", "get_weights", "pin_weights"} <= tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["http", "file"])
 @pytest.mark.parametrize("reader", READERS)
 def test_r02_no_reader_takes_an_address_for_a_file(reader, scheme, publisher, tmp_path, monkeypatch):
@@ -628,6 +629,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "message"),
     [("deflated", "compressed"), ("view", "claims more numbers"), ("header", "not a whole safetensors")],

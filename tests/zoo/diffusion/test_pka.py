@@ -431,6 +431,7 @@ def prompted(timestep: float, seed: int) -> dict:
     return {**inputs, "encoder_hidden_states": noise(2, 7, 16, seed=seed)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense_steps", [0, 1])
 @pytest.mark.parametrize("refresh", ["every", "once"])
 @pytest.mark.parametrize("guided", [False, True], ids=["guidance 1", "guidance"])

@@ -97,6 +97,7 @@ def test_it_loads_the_published_keys_and_computes_the_published_function(case, t
         assert error(part(outputs[name], facts[name]), stored[name]) <= tolerance["feats"], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_macs_are_the_published_ones(name):
     params, macs = PUBLISHED[name]

@@ -116,7 +116,7 @@ def test_stl_rows_say_which_images_are_too_small():
 
 @pytest.mark.parametrize("topks", [(1, 4, 16), (1, 4, 16, -2), (0, 4, 16, None)])
 def test_topks_are_numbers_of_regions_or_none(topks):
-    with pytest.raises(zoo.ConfigError, match="topks must be a number of regions or None"):
+    with pytest.raises(zoo.ConfigError, match="topks"):
         on_meta("biformer_tiny", topks=topks)
 
 

@@ -70,6 +70,7 @@ def test_its_neighborhoods_are_the_zoos(case):
     assert golden().relative_error(out, stored["output"]) <= facts["tolerance"]["outputs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_macs_are_the_published_ones(name):
     params, macs = PUBLISHED[name]

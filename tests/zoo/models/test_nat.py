@@ -67,6 +67,7 @@ def test_it_loads_the_published_keys_and_computes_the_published_function(case, t
         assert error(part, stored[name]) <= facts["tolerance"]["feats"], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_macs_are_the_published_ones(name):
     params, macs = PUBLISHED[name]
@@ -177,7 +178,7 @@ def test_hugging_face_names_become_the_published_ones():
     ("wrong", "words"),
     [
         ({"dims": (32, 64, 96)}, r"dims=\(32, 64, 96\) must double .* such as \(32, 64, 128\)"),
-        ({"dims": (32, 64)}, "one number for each stage"),
+        ({"dims": (32, 64)}, "one value a stage"),
         ({"num_heads": (2, 4, 5)}, "5 does not divide the dim 96"),
     ],
 )
