@@ -52,12 +52,6 @@ class AgentConfig:
     crop_pct: float = 0.875
 
     def __post_init__(self) -> None:
-        for name in ("dims", "num_heads", "agent_num", "agent_shapes", "mlp_ratios", "sr_ratios"):
-            value = getattr(self, name)
-            if value is not None and len(value) != len(self.stages):
-                raise ConfigError(
-                    f"{name} must have one for each of {len(self.stages)} stages, found {value}"
-                )
         if set("".join(self.stages)) - set("AB"):
             raise ConfigError(f"stages must be words of A and B, one letter a block, found {self.stages}")
 

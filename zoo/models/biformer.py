@@ -115,11 +115,6 @@ class BiFormer(Backbone):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        if len(cfg.topks) != len(cfg.dims) or any(k is not None and k < 1 for k in cfg.topks):
-            raise ConfigError(
-                f"topks must be a number of regions or None (the whole map) for each of {len(cfg.dims)} "
-                f"stages, found {cfg.topks}"
-            )
         rates = drop_path_rates(drop_path_rate, cfg.depths)
         self.downsample_layers = nn.ModuleList(
             [

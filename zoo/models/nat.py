@@ -330,19 +330,13 @@ class NATIsotropic(Backbone):
 
 
 def _refuse_stages(cfg: NATConfig) -> None:
-    """Raise ConfigError where dims, depths and heads are not those of one pyramid."""
-    dims, counts = tuple(cfg.dims), {len(cfg.dims), len(cfg.depths), len(cfg.num_heads)}
-    doubled = tuple(dims[0] * 2**i for i in range(len(dims)))
-    if len(counts) > 1:
-        raise ConfigError(
-            f"dims={dims}, depths={tuple(cfg.depths)} and num_heads={tuple(cfg.num_heads)} must have one "
-            "number for each stage"
-        )
-    if dims != doubled:
-        raise ConfigError(f"dims={dims} must double from stage to stage, such as {doubled}")
-    for dim, heads in zip(dims, cfg.num_heads, strict=True):
+    """Raise ConfigError where dims and heads are not those of one pyramid."""
+    doubled = tuple(cfg.dims[0] * 2**i for i in range(len(cfg.dims)))
+    if cfg.dims != doubled:
+        raise ConfigError(f"dims={cfg.dims} must double from stage to stage, such as {doubled}")
+    for dim, heads in zip(cfg.dims, cfg.num_heads, strict=True):
         if dim % heads:
-            raise ConfigError(f"num_heads={tuple(cfg.num_heads)}: {heads} does not divide the dim {dim}")
+            raise ConfigError(f"num_heads={cfg.num_heads}: {heads} does not divide the dim {dim}")
 
 
 def _dilations(cfg: NATConfig) -> Sequence[Sequence[int | str]]:

@@ -346,7 +346,7 @@ def test_it_compiles_to_one_graph_and_exports(name):
 
 
 def test_rows_that_do_not_fit_are_refused():
-    with pytest.raises(zoo.ConfigError, match="agent_num must have one for each of 4 stages, found"):
+    with pytest.raises(zoo.ConfigError, match="has 4 stages and agent_num="):
         on_meta("agent_swin_tiny", agent_num=(9, 9, 9))
     with pytest.raises(zoo.ConfigError, match="words of A and B"):
         on_meta("agent_swin_tiny", stages=("AA", "AA", "AC", "BB"))
