@@ -170,7 +170,7 @@ class PatchEmbed(nn.Module):
             raise ConfigError(
                 f"latents must be [B, C, *size] with a size that {self.patch} divides, found {tuple(x.shape)}"
             )
-        return self.proj(x).movedim(1, -1)
+        return self.proj(x).movedim(1, -1).contiguous()  # one layout for every block: norms read it in one pass
 
 
 class DiT(nn.Module):
