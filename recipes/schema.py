@@ -187,7 +187,7 @@ class Optim:
     betas: list[float] | None = number(None, low=0, high=0.99999, length=2)
     momentum: float = number(0.9, low=0, high=0.99999)
     args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the optimiser
-    schedule: str = choice("cosine", ("cosine", "linear", "constant"))
+    schedule: str = choice("cosine", ("cosine", "linear", "poly", "constant"))  # poly: a power of 0.9
     epochs: int = number(100, low=1)  # of the schedule
     cooldown_epochs: int = number(0, low=0)  # after it, at min_lr
     warmup_epochs: float = number(5.0, low=0)  # replaces the beginning of the schedule, as in timm

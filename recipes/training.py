@@ -195,5 +195,6 @@ def schedule(optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: in
     }
     if optim.schedule == "cosine":
         return CosineLRScheduler(optimizer, **arguments)
-    # Power 1 is the straight line, power 0 none at all.
-    return PolyLRScheduler(optimizer, power=1.0 if optim.schedule == "linear" else 0.0, **arguments)
+    # Power 1 is the straight line, power 0 none at all, and 0.9 what most decoders are published with.
+    power = {"linear": 1.0, "poly": 0.9, "constant": 0.0}[optim.schedule]
+    return PolyLRScheduler(optimizer, power=power, **arguments)

@@ -453,3 +453,98 @@ def test_published_settings_for_ade20k(model):
     assert len(dilations[2]) == blocks and max(dilations[0]) == pixels // 32
     if pixels == 512:
         create_model(model, num_classes=0, device="meta", **made.model.args)
+
+
+UPERNET = {  # mIoU, with several scales (None: nobody says), drop path
+    "biformer_small": (49.8, 50.8, 0.3),
+    "biformer_base": (51.0, 51.7, 0.4),
+    "davit_tiny": (46.3, None, 0.3),
+    "davit_small": (48.8, None, 0.3),
+    "davit_base": (49.4, None, 0.3),
+    "dat_tiny": (45.54, None, 0.2),
+    "dat_small": (48.31, None, 0.3),
+    "dat_base": (49.38, None, 0.5),
+    "dat_plus_tiny": (None, None, 0.3),
+    "dat_plus_small": (None, None, 0.5),
+    "dat_plus_base": (None, 51.5, 0.7),
+    "agent_swin_tiny": (46.68, None, 0.3),
+    "agent_swin_small": (48.08, None, 0.3),
+    "agent_swin_base": (48.73, None, 0.5),
+}
+SEMANTIC_FPN = {  # mIoU, drop path, thousands of steps, images in each
+    "biformer_small": (48.9, 0.15, 80, 32),
+    "biformer_base": (49.9, 0.3, 80, 32),
+    "dat_plus_tiny": (None, 0.3, 40, 32),
+    "dat_plus_small": (None, 0.4, 40, 32),
+    "dat_plus_base": (None, 0.7, 40, 32),
+    "agent_pvt_tiny": (40.18, 0.1, 40, 16),
+    "agent_pvt_small": (44.18, 0.1, 40, 16),
+    "agent_pvt_medium": (44.3, 0.2, 40, 16),
+    "agent_pvt_large": (46.52, 0.1, 40, 16),
+}
+DENSE = {  # what these families change for dense prediction, with the same weights
+    "biformer": {"n_win": 8},
+    "agent_swin": {"agent_shapes": [[9, 9], [12, 12], [14, 14], [7, 7]]},
+    "agent_pvt": {"agent_shapes": [[12, 12], [16, 16], [28, 28], [28, 28]]},
+}
+
+
+def published(name: str, model: str) -> Recipe:
+    """The recipe of a model for ADE20K, looked at for what all of them share."""
+    from zoo import create_model
+
+    made = recipe(f"segmentation/{name}", ["data.root=/data"])
+    assert made.model.name == model and made.model.pretrained
+    dense = dict(DENSE.get(model.rpartition("_")[0], {}))
+    if model == "agent_swin_small":  # whose third stage has no agents
+        dense["agent_shapes"] = [[9, 9], [12, 12], [7, 7], [7, 7]]
+    assert made.model.args == dense
+    if dense and model.endswith(("tiny", "small")):
+        create_model(model, num_classes=0, device="meta", **dense)
+    return made
+
+
+def says(miou: float | None) -> str:
+    """How a head comment gives a figure, or that there is none."""
+    return "published mIoU: unknown here" if miou is None else f"published mIoU {miou}"
+
+
+@pytest.mark.parametrize("model", UPERNET)
+def test_published_settings_of_upernet(model):
+    miou, several, drop_path = UPERNET[model]
+    made = published(f"{model}_ade20k", model)
+    head = head_comment(find_recipe(f"segmentation/{model}_ade20k"))
+    assert says(miou) in head and "arXiv:" in head + head_comment(find_recipe("segmentation/ade20k_fpn"))
+    assert (f"{several} multi-scale" in head) == (several is not None)
+    assert made.model.drop_path_rate == drop_path
+    assert (made.optim.lr, made.optim.lr_base_batch, made.optim.epochs) == (6e-5, 16, 127)
+    assert (made.head.name, made.head.channels, made.head.auxiliary) == ("upernet", 512, 256)
+
+
+@pytest.mark.parametrize("model", SEMANTIC_FPN)
+def test_published_settings_of_semantic_fpn(model):
+    miou, drop_path, thousands, images = SEMANTIC_FPN[model]
+    made = published(f"{model}_ade20k_fpn", model)
+    optim = made.optim
+    assert says(miou) in head_comment(find_recipe(f"segmentation/{model}_ade20k_fpn"))
+    assert made.model.drop_path_rate == drop_path
+    steps = 20210 // images
+    assert abs(optim.epochs * steps - 1000 * thousands) < steps
+    assert (optim.lr, optim.lr_base_batch, optim.weight_decay) == (2e-4, images, 1e-4)
+    assert 8 * made.data.batch_size == images
+    routed = model.startswith("biformer")
+    assert (optim.schedule, optim.min_lr) == (("cosine", 2e-12) if routed else ("poly", 0.0))
+    assert abs(optim.warmup_epochs * steps - (1000 if routed else 0)) < 10
+    assert (made.head.name, made.head.channels, made.head.auxiliary) == ("semantic_fpn", 128, 0)
+    assert made.head.norm != model.startswith("agent_pvt")
+
+
+def test_every_family_has_its_recipes_for_ade20k():
+    from fnmatch import filter as matching
+
+    names = [name.rpartition("/")[2] for name in recipe_names() if "ade20k" in name]
+    tables = {f"{name}_ade20k" for name in (*PUBLISHED_ADE20K, *UPERNET)}
+    tables |= {f"{name}_ade20k_fpn" for name in SEMANTIC_FPN}
+    assert set(names) == tables | {"ade20k", "ade20k_fpn"}
+    for family in ("nat", "dinat", "biformer", "davit", "dat", "dat_plus", "agent_swin", "agent_pvt"):
+        assert matching(names, f"{family}_*"), family

@@ -439,7 +439,7 @@ def test_a_secret_is_nowhere_in_the_run(run, image_folder, monkeypatch, tmp_path
 # ---- training itself
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "poly", "constant"])
 def test_the_learning_rate_is_a_function_of_the_step(kind):
     optim = Optim(schedule=kind, lr=1.0, epochs=10, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01)
 
@@ -456,7 +456,7 @@ def test_the_learning_rate_is_a_function_of_the_step(kind):
     assert forward == rates(list(reversed(range(55))))
     assert forward[0] == pytest.approx(0.1) and forward[5] == pytest.approx(0.55)
     assert forward[50] == pytest.approx(0.01)
-    middle = {"cosine": 0.505, "linear": 0.505, "constant": 1.0}[kind]
+    middle = {"cosine": 0.505, "linear": 0.505, "poly": 0.01 + 0.99 * 0.5**0.9, "constant": 1.0}[kind]
     assert forward[25] == pytest.approx(middle, abs=0.01)
 
 
