@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from relevance import two_by_two
 from sklearn.datasets import load_sample_image
 
 import zoo
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "zoo" / "analysis" / "pictures"
 COSTS = ROOT / "scripts" / "bench" / "results" / "attention_cpu.json"
 QUERY = (0.42, 0.4)
+DIGITS = (2, 7, 4, 6)
 # A model, the mechanism to show of it, and the side of the map where.
 SEEN = (
     ("nat_mini", "neighborhood", 28),
@@ -58,14 +60,24 @@ def mechanisms() -> None:
 
 
 def digit() -> None:
-    """A trained model on an unseen digit: weights of each head, and what speaks for the class."""
+    """A trained model on an unseen digit: weights of each head."""
     trained = load_trained("nat_digits")
     image = eval_transform(trained.settings)(Digits(train=False).load(3))[None]
     block = analysis.choose_block(analysis.block_attention(trained.model, image), 0)
     save(analysis.draw_maps(image[0], block, query=(0.4, 0.55)), "digit")
-    relevance = analysis.gradient_relevance(trained.model, image)[0]
-    title = "gradient relevance of nat_digits"
-    save(analysis.draw_heat(image[0], relevance, title=title, label="relevance"), "relevance")
+
+
+def relevance() -> None:
+    """The same model on four unseen digits: what speaks for each of them."""
+    trained, digits = load_trained("nat_digits"), Digits(train=False)
+    numbers = [digits.labels.index(c) for c in DIGITS]
+    image = two_by_two(torch.stack([eval_transform(trained.settings)(digits.load(n)) for n in numbers]))[None]
+    heats = {}
+    for c in DIGITS:
+        heat = analysis.gradient_relevance(trained.model, image, target=c, guided=True)[0]
+        heats[f"asked for {c}"] = heat / heat.max()
+    label = "relevance, share of the largest"
+    save(analysis.draw_heats(image[0], heats, label=label), "relevance")
 
 
 def video() -> None:
@@ -87,5 +99,6 @@ def save(figure: object, name: str) -> None:
 if __name__ == "__main__":
     mechanisms()
     digit()
+    relevance()
     video()
     save(draw_costs(Report.from_plain(json.loads(COSTS.read_text()))), "cost")

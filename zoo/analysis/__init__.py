@@ -15,7 +15,7 @@ from zoo.analysis.maps import (
 )
 from zoo.analysis.neighborhood import explain_neighborhood
 from zoo.analysis.page import attention_page
-from zoo.analysis.pictures import draw_field, draw_heat, draw_maps, draw_query, draw_statistics
+from zoo.analysis.pictures import draw_field, draw_heat, draw_heats, draw_maps, draw_query, draw_statistics
 from zoo.analysis.sparsity import TileCount, best_tiles, block_tiles, launched_tiles, neighborhood_tiles
 from zoo.analysis.tokens import GroupAttention, TokenAttention
 from zoo.analysis.video import VideoView, draw_video, radial_view
@@ -39,6 +39,7 @@ __all__ = [
     "choose_block",
     "draw_field",
     "draw_heat",
+    "draw_heats",
     "draw_maps",
     "draw_query",
     "draw_statistics",

@@ -150,16 +150,21 @@ def attention_rollout(
     return mass / mass.sum((1, 2), keepdim=True).clamp_min(1e-12)
 
 
-def gradient_relevance(model: nn.Module, images: Tensor, *, target: int | Tensor | None = None) -> Tensor:
+def gradient_relevance(
+    model: nn.Module, images: Tensor, *, target: int | Tensor | None = None, guided: bool = False
+) -> Tensor:
     """How much every place of the image speaks for a class, [B, Y, X] of the first block, never negative.
 
     A block's matrix is the mean over heads of (weights * gradient of the class score), negative products as
     0; relevance R starts as the identity and becomes R + matrix R at every block. `target` is the class, one
     for all images or one each; by default the one the model predicts. Followed back from the class token or
     from the mean of all tokens, and through stages and blocks of channels, as in `attention_rollout`.
+    The mean of all tokens holds no place: where several things are to be seen, `guided` multiplies relevance
+    by the Grad-CAM of the last map, enlarged bilinearly, as Guided Grad-CAM does with its fine gradients.
     Raises: ConfigError where no block attends between tokens, or a block's output is not its weights times
-    its values.
-    Source: Chefer et al. 2021 (arXiv:2103.15679) Sec. 3.1, Eq. 5 and 6.
+    its values, or a guided model does not classify by the mean of a map.
+    Source: Chefer et al. 2021 (arXiv:2103.15679) Sec. 3.1, Eq. 5 and 6; guided: Selvaraju et al. 2017
+    (arXiv:1610.02391) Sec. 3, Eq. 1 and 2, Sec. 3.2.
     """
     training = model.training
     model.eval()
@@ -167,20 +172,26 @@ def gradient_relevance(model: nn.Module, images: Tensor, *, target: int | Tensor
         # Of the image too, so that a model with frozen parameters has gradients inside.
         images = images.detach().requires_grad_(True)
         with torch.enable_grad(), weights_with_gradient(model) as blocks_of:
-            logits = model(images)
+            last = _last_map(model, images) if guided else None
+            logits = model(images) if last is None else model.forward_head(last)
             if logits.ndim != 2 or logits.shape[1] < 1:
                 raise ConfigError(f"relevance needs class scores [B, classes], found {tuple(logits.shape)}")
             target = logits.argmax(1) if target is None else torch.as_tensor(target, device=logits.device)
             classes = target.expand(len(logits))
             if classes.min() < 0 or classes.max() >= logits.shape[1]:
                 raise ConfigError(f"target must be from 0 to {logits.shape[1] - 1}, found {target.tolist()}")
-            blocks = _between_tokens(blocks_of(images, logits.gather(1, classes[:, None])[:, 0]).values())
+            score = logits.gather(1, classes[:, None])[:, 0]
+            cam = None if last is None else _grad_cam(last, score)
+            blocks = _between_tokens(blocks_of(images, score).values())
     finally:
         model.train(training)
     start = _start(model, blocks[-1])
     through = _walk_back(blocks, start, lambda block, mass: mass + block.pull(mass))
     alone = _walk_back(blocks, start, lambda block, mass: mass)  # the identity, which says nothing
-    return blocks[0].on_map(through - alone).clamp_min(0)
+    relevance = blocks[0].on_map(through - alone).clamp_min(0)
+    if cam is None:
+        return relevance
+    return relevance * F.interpolate(cam[:, None], size=relevance.shape[1:], mode="bilinear")[:, 0]
 
 
 def head_statistics(model: nn.Module, images: Tensor) -> list[HeadStatistics]:
@@ -300,6 +311,24 @@ def _start(model: nn.Module, last: TokenAttention) -> Tensor:
     else:
         mass[:, last.prefix :] = 1 / (last.tokens - last.prefix)
     return mass
+
+
+def _last_map(model: nn.Module, images: Tensor) -> Tensor:
+    """What the classifier takes the mean of, [B, Y, X, C]."""
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        last = model.forward_features(images)
+        if last.ndim == 4:
+            return last
+    raise ConfigError(
+        f"guided relevance needs a classifier of the mean of a map; {type(model).__name__} has none: leave "
+        "guided out"
+    )
+
+
+def _grad_cam(features: Tensor, score: Tensor) -> Tensor:
+    """Channels [B, Y, X, C] added with the score's mean gradients as weights, [B, Y, X], never negative."""
+    (gradient,) = torch.autograd.grad(score.sum(), features, retain_graph=True)
+    return (features * gradient.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0).detach()  # Eq. 1 and 2
 
 
 def _walk_back(blocks: Sequence[TokenAttention], mass: Tensor, step) -> Tensor:  # noqa: ANN001

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,11 +102,17 @@ def draw_query(image: Tensor, views: Sequence[QueryView], *, title: str = "") ->
 
 def draw_heat(image: Tensor, heat: Tensor, *, title: str, label: str) -> Figure:
     """Draw one map [Y, X] beside and over the image, with its scale."""
-    figure, axes = _panels(2, 2, side=3.2)
+    return draw_heats(image, {title: heat}, label=label)
+
+
+def draw_heats(image: Tensor, heats: Mapping[str, Tensor], *, label: str) -> Figure:
+    """Draw the image, then several maps [Y, X] over it under their names, each with its scale."""
+    figure, axes = _panels(1 + len(heats), 1 + len(heats), side=3.2 if len(heats) == 1 else 2.4)
     _show(axes[0], image, "image", colour=True)
-    _show(axes[1], image, title)
-    drawn = _overlay(axes[1], heat, image)
-    figure.colorbar(drawn, ax=axes[1], label=label, fraction=0.045)
+    for axis, (title, heat) in zip(axes[1:], heats.items(), strict=True):
+        _show(axis, image, title)
+        drawn = _overlay(axis, heat, image)
+        figure.colorbar(drawn, ax=axis, label=label if axis is axes[-1] else None, fraction=0.045)
     return figure
 
 

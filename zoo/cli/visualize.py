@@ -37,6 +37,10 @@ def visualize(
     target: Annotated[
         int | None, typer.Option(help="The class for relevance, by number; else the predicted one.")
     ] = None,
+    guided: Annotated[
+        bool,
+        typer.Option("--guided", help="Relevance times Grad-CAM, which points to the place of the class."),
+    ] = False,
     html: Annotated[bool, typer.Option("--html", help="Also write one page with sliders.")] = False,
     random: Annotated[
         bool, typer.Option("--random", help="Random weights: shapes without a download.")
@@ -70,7 +74,7 @@ def visualize(
             raise ConfigError(f"unknown --what {kind!r}; use {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     model, name, classes, settings = _load(source, random, size)
     x = _prepare(image, settings)
-    scene = Scene(model, name, classes, x, _fractions(query), block, target)
+    scene = Scene(model, name, classes, x, _fractions(query), block, target, guided)
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for kind in kinds:
@@ -153,10 +157,11 @@ class Scene:
         query: tuple[float, float],
         block: str | None,
         target: int | None,
+        guided: bool,
     ) -> None:
         from zoo.analysis.maps import choose_block, predictions
 
-        self.model, self.name, self.x, self.query = model, name, x, query
+        self.model, self.name, self.x, self.query, self.guided = model, name, x, query, guided
         shares, self.blocks = predictions(model, x)
         self.block = choose_block(self.blocks, block)
         self.one_block = block is not None
@@ -192,8 +197,10 @@ class Scene:
                 analysis.effective_receptive_field(self.model, self.x),
                 title=f"{self.name}: effective receptive field of the last stage's centre",
             )
-        name = f"{self.name}: {kind}" + (f" for {self.class_name}" if kind == "relevance" else "")
-        label = {"rollout": "share of the output", "relevance": "relevance"}[kind]
+        relevance = "guided relevance" if self.guided else "relevance"
+        label = {"rollout": "share of the output", "relevance": relevance}[kind]
+        told = {"rollout": "rollout", "relevance": f"{relevance} for {self.class_name}"}[kind]
+        name = f"{self.name}: {told}"
         return analysis.draw_heat(image, self.maps[kind]()[0], title=name, label=label)
 
     @property
@@ -203,7 +210,9 @@ class Scene:
 
         return {
             "rollout": lambda: analysis.attention_rollout(self.model, self.x),
-            "relevance": lambda: analysis.gradient_relevance(self.model, self.x, target=self.target),
+            "relevance": lambda: analysis.gradient_relevance(
+                self.model, self.x, target=self.target, guided=self.guided
+            ),
         }
 
     def layers(self) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_everything_is_drawn_of_a_shipped_model(capsys, tmp_path):
-    status, out, err = run(capsys, "nat_digits", "digits:3", "--html", "--output", str(tmp_path))
+    status, out, err = run(capsys, "nat_digits", "digits:3", "--guided", "--html", "--output", str(tmp_path))
     assert status == 0, err
     kinds = ("attention", "query", "rollout", "relevance", "distance", "field")
     assert {path.name for path in tmp_path.iterdir()} == {
