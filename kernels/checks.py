@@ -42,6 +42,26 @@ def floating(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
 
 
+def heads_last(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless these are [B, N, Hq, D], [B, M, Hkv, D] and [B, M, Hkv, Dv], Hq = n Hkv."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, N, H, D], found shape {tuple(x.shape)}")
+    (batch, _, heads, width), kv_heads = q.shape, k.shape[2]
+    if k.shape[0] != batch or k.shape[3] != width:
+        raise ValueError(f"k must have q's batch and width {batch}, {width}, found {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v must have k's batch, tokens and heads {tuple(k.shape[:3])}, found {tuple(v.shape)}"
+        )
+    if width == 0 or v.shape[3] == 0:
+        raise ValueError(f"q and v must have channels, found {tuple(q.shape)} and {tuple(v.shape)}")
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"q's {heads} heads must be a multiple of k's {kv_heads} heads, and neither may be 0"
+        )
+
+
 def scale_or_default(scale: float | None, width: int) -> float:
     """Return the number that multiplies q.k, D**-0.5 where none is given."""
     if isinstance(scale, Tensor):

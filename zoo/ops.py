@@ -16,6 +16,8 @@ from zoo.kernels.channel import op as _channel
 from zoo.kernels.channel.op import channel_attention
 from zoo.kernels.deformable import op as _deformable
 from zoo.kernels.deformable.op import deformable_attention, deformable_sample
+from zoo.kernels.dense import op as _dense
+from zoo.kernels.dense.op import attention
 from zoo.kernels.dispatch import Availability, Explanation, backends, current_backend, use_backend
 from zoo.kernels.gated_residual import op as _gated_residual
 from zoo.kernels.gated_residual.op import gated_residual
@@ -33,6 +35,7 @@ from zoo.kernels.window.op import window_attention
 _EXPLAIN = {
     "agent_attention": _agent.explain,
     "aligned_attention": _aligned.explain,
+    "attention": _dense.explain,
     "bilevel_routing_attention": _bilevel.explain,
     "block_sparse_attention": _block_sparse.explain,
     "channel_attention": _channel.explain,
@@ -51,6 +54,7 @@ __all__ = [
     "Explanation",
     "agent_attention",
     "aligned_attention",
+    "attention",
     "backends",
     "bilevel_routing_attention",
     "block_sparse_attention",

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from zoo.kernels import dispatch, tile
-from zoo.kernels.agent import reference, schema, sdpa
+from zoo.kernels.agent import reference, sdpa
 from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
+from zoo.kernels.dense import schema
 
 OP = "agent_attention"
 
@@ -143,9 +144,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
 
 
 def _describe_triton(call: Call) -> str:
-    from zoo.kernels.agent import triton
+    from zoo.kernels.dense import triton
 
-    return triton.describe(call.q, call.v, call.bias_out is not None)
+    return f"twice in {triton.describe(call.q, call.v, call.bias_out is not None)}"
 
 
 dispatch.OPERATIONS[OP] = (

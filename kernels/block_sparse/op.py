@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.kernels import dispatch, peers, tile
 from zoo.kernels.block_sparse import reference, schema
 from zoo.kernels.block_sparse.blocks import BlockList
+from zoo.kernels.checks import heads_last
 
 OP = "block_sparse_attention"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -83,23 +84,8 @@ def _check(
     bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Call:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [B, N, H, D], found shape {tuple(x.shape)}")
-    batch, queries, heads, width = q.shape
-    keys, kv_heads = k.shape[1], k.shape[2]
-    if k.shape[0] != batch or k.shape[3] != width:
-        raise ValueError(f"k must have q's batch and width {batch}, {width}, found {tuple(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v must have k's batch, tokens and heads {tuple(k.shape[:3])}, found {tuple(v.shape)}"
-        )
-    if width == 0 or v.shape[3] == 0:
-        raise ValueError(f"q and v must have channels, found {tuple(q.shape)} and {tuple(v.shape)}")
-    if heads == 0 or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"q's {heads} heads must be a multiple of k's {kv_heads} heads, and neither may be 0"
-        )
+    heads_last(q, k, v)
+    (batch, queries, heads, width), keys = q.shape, k.shape[1]
     _check_blocks(blocks, q, keys)
     if bias is not None:
         if not 2 <= bias.ndim <= 4:

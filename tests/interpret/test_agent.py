@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zoo import ops
-from zoo.kernels.agent import schema
+from zoo.kernels.dense import schema
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # two softmaxes in a row
 

@@ -19,7 +19,7 @@ LONG = ("test_block_sparse", "test_neighborhood")  # each in a process of its ow
 PARTS = [*((name,) for name in LONG), tuple(name for name in FILES if name not in LONG)]
 NAMES = [*LONG, "the others"]
 QUICK = (
-    "agent", "aligned", "bilevel", "channel", "deformable", "gated_residual", "modulated_norm",
+    "agent", "aligned", "bilevel", "channel", "deformable", "dense", "gated_residual", "modulated_norm",
     "rotary_norm", "sanitizer", "window",
 )  # fmt: skip
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -49,6 +49,7 @@ BLOCKS = ops.BlockList.from_mask(
 CASES = {
     "agent_attention": Case({"q": "B N H D", "k": "B M H D", "v": "B M H D", "agents": "B 2 H D"}),
     "aligned_attention": Case(MAPS, {"radius": 1}),
+    "attention": Case({"q": "B N H D", "k": "B M H D", "v": "B M H D"}),
     "bilevel_routing_attention": Case(
         MAPS,
         {"regions": 2},

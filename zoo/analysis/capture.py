@@ -244,6 +244,7 @@ _PRODUCTS = (
     "bilevel_routing_attention",
     "deformable_attention",
     "agent_attention",
+    "attention",
 )
 _watching = threading.Lock()
 

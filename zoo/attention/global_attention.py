@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import ops
 from zoo.attention.capture import AttentionRecord
 from zoo.attention.layers import Convolution, Pointwise
 from zoo.errors import ConfigError
@@ -52,22 +52,21 @@ class GlobalAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as [B, H, N, D]."""
-        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))
-        return qkv.permute(2, 0, 3, 1, 4).unbind()
+        """q, k and v as [B, N, H, D]."""
+        return self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, Y, X, C] to [B, Y, X, C]."""
         q, k, v = self._project(x)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).view(x.shape)
+        out = ops.attention(q, k, v).flatten(2).view(x.shape)
         if self.lepe is not None:
-            values = v.transpose(1, 2).flatten(2).view(x.shape)
+            values = v.flatten(2).view(x.shape)
             out = out + self.lepe(x if self.lepe_of == "input" else values)
         return self.proj_drop(self.proj(out))
 
     def attention_weights(self, x: Tensor) -> AttentionRecord:
         """Weights of every query over all tokens for the input [B, Y, X, C] of `forward`."""
-        q, k, _ = (part.float() for part in self._project(x))
+        q, k, _ = (part.float().transpose(1, 2) for part in self._project(x))
         with torch.autocast(x.device.type, enabled=False):
             weights = (q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2)).softmax(dim=-1)
         grid, tokens = tuple(x.shape[1:3]), weights.shape[-1]

@@ -263,6 +263,8 @@ class Processor:
         if self.dispatches:
             return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        # Not `ops.attention`: this is the stock processor's own call, bit for bit, with whatever mask it has,
+        # and no backend of ours may stand in for it.
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return out.transpose(1, 2)
 

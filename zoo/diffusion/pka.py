@@ -77,7 +77,7 @@ class PKAConfig(Config):
         for name in ("share_routing", "text_to_condition"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name} must be True or False, found {getattr(self, name)!r}")
-        check_backend(self.backend, "block_sparse_attention")
+        check_backend(self.backend, "attention")
 
     def layout(self, adapter: Adapter, model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
         """Read image and conditions from the first column of `img_ids`, which numbers them."""
@@ -113,13 +113,9 @@ class PKAConfig(Config):
 
     def chosen_backend(self, query: Tensor, key: Tensor, layout: TokenLayout, plan: Any) -> str:
         """Name of the backend of the dense parts."""
-        if self.relation != "pka":
-            return "sdpa"
-        blocks = ops.BlockList.from_mask(
-            torch.ones(-(-query.shape[1] // 128), -(-key.shape[1] // 128)).bool()
-        )
-        blocks = blocks.to(query.device)
-        return ops.explain("block_sparse_attention", query, key, key, blocks, backend=self.backend).backend
+        merged = self.relation == "pka"
+        backend = self.backend if merged else "auto"
+        return ops.explain("attention", query, key, key, return_lse=merged, backend=backend).backend
 
 
 @dataclass(eq=False)

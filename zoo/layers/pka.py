@@ -10,12 +10,12 @@ Source: arXiv:2602.06850. Where it says nothing (norm, heads, how branches are j
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from zoo import ops
 from zoo.errors import ConfigError, did_you_mean
@@ -130,7 +130,7 @@ def pka_attention(
     check_choice("combine", combine, COMBINES)
     routed = check_tokens(query, key, value, layout, routed)
     base = slice(0, layout.text + layout.image)
-    attend = lambda q, k, v: attention_with_lse(q, k, v, scale, backend)  # noqa: E731
+    attend = partial(ops.attention, scale=scale, return_lse=True, backend=backend)
 
     out, lse = attend(query[:, base], key[:, base], value[:, base])
     (text, image), (_, image_lse) = layout.split(out), layout.split(lse)
@@ -154,7 +154,7 @@ def pka_attention(
     rows = [text, image]
     if query.shape[1] == layout.tokens:
         conditions = (*layout.spatial_slices, *layout.subject_slices)
-        rows += [dense_attention(query[:, c], key[:, c], value[:, c], scale) for c in conditions]
+        rows += [ops.attention(query[:, c], key[:, c], value[:, c], scale=scale) for c in conditions]
     return torch.cat(rows, dim=1)
 
 
@@ -162,20 +162,21 @@ def routed_attention(
     query: Tensor, key: Tensor, value: Tensor, routed: Tensor | None, scale: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Attend from the routed rows [B, N] of a query [B, N, H, D] alone; the others are 0 with LSE -inf."""
+    attend = partial(ops.attention, scale=scale, return_lse=True, backend=backend)
     if routed is None:
-        return attention_with_lse(query, key, value, scale, backend)
+        return attend(query, key, value)
     if torch.compiler.is_compiling():  # how many rows there are would have to be known
         order = None
-        out, lse = attention_with_lse(query, key, value, scale, backend)
+        out, lse = attend(query, key, value)
         visible = routed
     else:
         counts = routed.sum(dim=1).tolist()
         if all(count == routed.shape[1] for count in counts):
-            return attention_with_lse(query, key, value, scale, backend)
+            return attend(query, key, value)
         rows = max(counts, default=0)
         order = routed.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :rows]
         index = order[..., None, None].expand(-1, -1, *query.shape[2:])
-        out, lse = attention_with_lse(query.gather(1, index), key, value, scale, backend)
+        out, lse = attend(query.gather(1, index), key, value)
         visible = routed.gather(1, order)  # rows of samples with fewer than the most
     out = out.masked_fill(~visible[..., None, None], 0.0)
     lse = lse.masked_fill(~visible[..., None], float("-inf"))
@@ -209,12 +210,12 @@ def group_attention(
     check_choice("relation", relation, RELATIONS[1:])
     check_tokens(query, key, value, layout, [None] * len(layout.subjects))
     base = layout.text + layout.image
-    rows = [dense_attention(query[:, :base], key, value, scale)]
+    rows = [ops.attention(query[:, :base], key, value, scale=scale)]
     for where in (*layout.spatial_slices, *layout.subject_slices):
         k, v = key[:, where], value[:, where]
         if relation == "unicombine":
             k, v = torch.cat([key[:, :base], k], dim=1), torch.cat([value[:, :base], v], dim=1)
-        rows.append(dense_attention(query[:, where], k, v, scale))
+        rows.append(ops.attention(query[:, where], k, v, scale=scale))
     return torch.cat(rows, dim=1)
 
 
@@ -276,23 +277,6 @@ def relation_pairs(
     rows = [None] * len(layout.subjects) if routed is None else routed
     seen = sum((layout.image if r is None else r) * n for r, n in zip(rows, layout.subjects, strict=True))
     return own + layout.spatial * near + seen + text_to_condition * layout.text * sum(conditions)
-
-
-def attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Dense attention with its natural-log LSE; [B, N, H, D] and [B, N, H]."""
-    rows, columns = (-(-x.shape[1] // 128) for x in (query, key))
-    # By numbers, not by a mask, whose length would have to be asked of the device.
-    indices = torch.arange(columns, device=query.device).expand(rows, -1)
-    every = ops.BlockList.from_indices(indices, key_blocks=columns, check=False)
-    return ops.block_sparse_attention(query, key, value, every, scale=scale, return_lse=True, backend=backend)
-
-
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Dense attention; all [B, N, H, D]."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return functional.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
 
 
 # State and sampling ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zoo import ops
 from zoo.attention.capture import AttentionRecord, weights_under
 from zoo.errors import ConfigError
-from zoo.layers.pka import ConditionCache, KeywordState, dense_attention, pka_attention, relation_mask
+from zoo.layers.pka import ConditionCache, KeywordState, pka_attention, relation_mask
 from zoo.layers.tokens import TokenLayout
 from zoo.models.dit import (
     MLP,
@@ -100,7 +100,7 @@ class JointAttention(nn.Module):
             return pka_attention(query, key, value, layout, **settings)
         if self.attention == "neighborhood" and layout.image > 1:
             return self.near(query, key, value, layout)
-        return dense_attention(query, key, value, None)
+        return ops.attention(query, key, value)
 
     def near(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
         """Image tokens see their neighborhood and the text, text tokens see all; [B, N, H, D]."""
@@ -109,7 +109,7 @@ class JointAttention(nn.Module):
         text, window = layout.text, clamp_window(layout.grid, axes, self.kwargs)
         maps = (x[:, text:].unflatten(1, grid) for x in (query, key, value))
         near = ops.neighborhood_attention(*maps, **window, extra_k=key[:, :text], extra_v=value[:, :text])
-        return torch.cat([dense_attention(query[:, :text], key, value, None), near.flatten(1, -3)], dim=1)
+        return torch.cat([ops.attention(query[:, :text], key, value), near.flatten(1, -3)], dim=1)
 
     def attention_weights(
         self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, settings: Settings
@@ -186,7 +186,7 @@ class MMDiTBlock(Block):
     def on_its_own(self, x: Tensor, condition: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """One step of a condition, which sees itself alone; and its keys and values for the image."""
         (query, key, value), modulation = self.image.before(x, condition, angles)
-        x = self.image.after(x, dense_attention(query, key, value, None), modulation)
+        x = self.image.after(x, ops.attention(query, key, value), modulation)
         return x, key, value
 
 

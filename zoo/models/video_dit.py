@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from zoo import ops
 from zoo.attention.capture import AttentionRecord, weights_under
@@ -105,8 +104,7 @@ class VideoAttention(nn.Module):
         if lists is not None:
             out = ops.block_sparse_attention(q, k, v, lists)
         else:
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-            out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            out = ops.attention(q, k, v)
         return out.unflatten(1, grid)
 
     def attention_weights(
@@ -146,15 +144,9 @@ class CrossAttention(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        q = self.q(x).flatten(1, -2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if text_mask is not None:
-            mask = text_mask[:, None, None]  # [B, 1, 1, M]
-            is_empty = ~mask.any(dim=-1, keepdim=True)
-            mask = mask | is_empty  # torch does not say what attention to nothing is
-            v = v.masked_fill(is_empty, 0.0)
-        out = functional.scaled_dot_product_attention(q, k, v, None if text_mask is None else mask)
-        return self.proj(out.transpose(1, 2).flatten(2)).view(x.shape)
+        q = self.q(x).flatten(1, -2).unflatten(-1, (self.num_heads, -1))
+        k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self.proj(ops.attention(q, k, v, key_mask=text_mask).flatten(2)).view(x.shape)
 
     def macs(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> int:
         """Multiply-adds of both products for these arguments of forward."""

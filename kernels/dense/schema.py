@@ -1,4 +1,4 @@
-"""Attention of all to all with a bias as one opaque operator, which agent attention calls twice.
+"""Attention of all to all with a bias as one opaque operator; agent attention calls it twice.
 
 The backend was chosen by the caller and goes along as a name, so that the backward pass and recomputation
 take the same.
@@ -17,7 +17,10 @@ from torch import Tensor
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [B, N, H, Dv] in q's dtype and the natural-log LSE [B, N, H]."""
+    """Return the output [B, N, H, Dv] in q's dtype and the natural-log LSE [B, N, H].
+
+    The bias has four axes, of length 1 where it is shared; only one of all pairs has a gradient.
+    """
     return _implementation(backend).forward(q, k, v, bias, scale)
 
 
@@ -77,4 +80,4 @@ forward.register_autograd(_backward, setup_context=_setup_context)
 
 def _implementation(backend: str) -> Any:
     # Triton is imported by the first call that runs it, never with the package.
-    return import_module(f"zoo.kernels.agent.{backend}")
+    return import_module(f"zoo.kernels.dense.{backend}")
