@@ -328,7 +328,7 @@ class SegmentationLoss:
 class Inference:
     """How validation and prediction look at an image."""
 
-    window: int | None = number(None, low=1)  # pixels seen at a time; None: all
+    window: int | None = number(None, low=1)  # pixels seen at a time; None: all, or what the model takes
     stride: int | None = number(None, low=1)  # between windows; None: two thirds of one
     scales: list[float] = number([1.0], above=0, high=100)  # times image_size; several are averaged
     flip: bool = False  # average with the mirrored image

@@ -484,6 +484,7 @@ SEMANTIC_FPN = {  # mIoU, drop path, thousands of steps, images in each
 }
 DENSE = {  # what these families change for dense prediction, with the same weights
     "biformer": {"n_win": 8},
+    "dat": {"input_size": 512},
     "agent_swin": {"agent_shapes": [[9, 9], [12, 12], [14, 14], [7, 7]]},
     "agent_pvt": {"agent_shapes": [[12, 12], [16, 16], [28, 28], [28, 28]]},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.heads.layers import resize
@@ -23,14 +24,17 @@ def segment(
 
     `views` are the images [B, C, y, x] at one or several sizes; their probabilities are averaged, and with
     `flip` those of the mirrored views with them. `window` pixels at a time are seen, `stride` pixels apart
-    (None: two thirds of the window), and logits are averaged where windows overlap; None sees all at once.
+    (None: two thirds of the window), and logits are averaged where windows overlap; None sees all at once. A
+    model of one input size sees windows of that size, with zeros beyond the image, as it does in training.
     """
+    only = only_size(model)
+    window = only if window is None else window
     total: Tensor | None = None
     count = 0
     for view in views:
         for mirrored in (False, True) if flip else (False,):
             images = view.flip(-1) if mirrored else view
-            logits = _whole(model, images) if window is None else _windows(model, images, window, stride)
+            logits = _padded(model, images, only, window, stride)
             logits = resize(logits.flip(-1) if mirrored else logits, size)
             if len(views) == 1 and not flip:
                 return logits.log_softmax(1)
@@ -38,6 +42,23 @@ def segment(
             total = probabilities if total is None else total + probabilities
             count += 1
     return (total / count).log()
+
+
+def only_size(model: nn.Module) -> int | None:
+    """Return the side in pixels of the squares that a model takes, None where it takes images of any size."""
+    facts = getattr(model, "pretrained_cfg", None) or {}
+    return facts["input_size"][-1] if facts.get("fixed_input_size") else None
+
+
+def _padded(
+    model: nn.Module, images: Tensor, least: int | None, window: int | None, stride: int | None
+) -> Tensor:
+    if window is None:
+        return _whole(model, images)
+    height, width = images.shape[-2:]
+    below, right = (max(0, (least or 0) - length) for length in (height, width))
+    images = F.pad(images, (0, right, 0, below))
+    return _windows(model, images, window, stride)[..., :height, :width]
 
 
 def _whole(model: nn.Module, images: Tensor) -> Tensor:

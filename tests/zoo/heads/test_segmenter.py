@@ -155,6 +155,22 @@ def test_windows_are_what_the_network_sees():
     assert set(seen) == {(8, 8)} and len(seen) == 2 * 4
 
 
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (5, 20), (5, 3)])
+def test_a_model_of_one_size_sees_no_other(size):
+    seen = set()
+
+    class Square(Colours):
+        pretrained_cfg = {"fixed_input_size": True, "input_size": (3, 8, 8)}
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.add(tuple(images.shape[-2:]))
+            return images
+
+    images = torch.randn(2, 3, *size)
+    found = segment(Square(), [images], size)
+    assert torch.allclose(found, images.log_softmax(1), atol=1e-5) and seen == {(8, 8)}
+
+
 def test_mirrored_views_come_back_mirrored():
     images = torch.randn(1, 3, 6, 6)
     found = segment(Colours(), [images], (6, 6), flip=True)
