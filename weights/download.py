@@ -170,7 +170,7 @@ def _from_hub(entry: Weights) -> bytes:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ResourceError(
             f"cannot fetch {entry.model}.{entry.tag} from {entry.where} ({reason}); "
-            "download it by hand and pass checkpoint_path"
+            "download it by hand and pass checkpoint_path, in a recipe model.checkpoint"
         ) from error
 
 
@@ -204,7 +204,8 @@ def _download(url: str, entry: Weights, path: Path, allow_local: bool) -> bytes:
             reason = f"no byte for {STALL:g} s" if stalled else str(cause) or type(cause).__name__
             reason += f", {stream.tell():,} bytes came" if stream.tell() else ""
     raise ResourceError(
-        f"cannot fetch {path.name} from {host} ({reason}); download it by hand and pass checkpoint_path"
+        f"cannot fetch {path.name} from {host} ({reason}); "
+        "download it by hand and pass checkpoint_path, in a recipe model.checkpoint"
     )
 
 

@@ -84,7 +84,7 @@ def _report(error: BaseException) -> int:
         return USAGE
     message, status = str(error), 1
     if hasattr(error, "format_message"):
-        message, status = f"{error.format_message()} See zoo --help.", USAGE
+        message, status = f"{error.format_message().rstrip('.')}; see zoo --help", USAGE
     elif isinstance(error, ZooError):
         status = error.exit_code
     elif isinstance(error, MemoryError) or "out of memory" in message.lower():
