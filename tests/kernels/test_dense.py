@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 from zoo import ops
 
@@ -197,25 +196,6 @@ def test_function_transforms_take_a_path_that_they_see_through():
     along = lambda q: ops.attention(q, k, v, return_lse=True)[1]  # noqa: E731
     _, tangent = torch.func.jvp(along, (q,), (torch.ones_like(q),))
     torch.testing.assert_close(tangent, (along(q + 1e-6) - along(q - 1e-6)) / 2e-6, rtol=1e-4, atol=1e-6)
-
-
-def test_what_is_computed_again_takes_the_same_backend():
-    leaves, names = inputs(), []
-
-    def layer(q, k, v):
-        names.append(ops.explain("attention", q, k, v).backend)
-        return ops.attention(q, k, v)
-
-    with ops.use_backend("reference"):
-        taken = ops.current_backend()
-        out = checkpoint(lambda *x: in_block(layer, taken, x), *leaves, use_reentrant=False)
-    torch.autograd.grad(out.sum(), leaves)
-    assert names == ["reference"] * 2
-
-
-def in_block(layer, backend, tensors):
-    with ops.use_backend(backend):
-        return layer(*tensors)
 
 
 WRONG = {

@@ -5,6 +5,7 @@ What is particular to one operation is in tests/kernels; scorecard.yaml lists th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from zoo import ops
+from zoo.kernels import dispatch
 from zoo.kernels.dispatch import OPERATIONS
+from zoo.layers.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,22 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     others: Callable[[int], dict[str, Any]] = lambda batch: {}
 
-    def inputs(self, dtype: torch.dtype = torch.float32, *, B: int = 2, H: int = 2, D: int = 8, N: int = 6):
+    def inputs(
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        B: int = 2,
+        H: int = 2,
+        D: int = 8,
+        N: int = 6,
+        M: int = 5,
+    ):
         """The tensors, the first of which decides what the result looks like."""
-        sizes = {"B": B, "H": H, "D": D, "N": N, "M": 5, "G": 1, "2": 2, "C": H * D}
-        shapes = {name: [sizes[letter] for letter in shape.split()] for name, shape in self.tensors.items()}
+        sizes = {"B": B, "H": H, "D": D, "N": N, "M": M, "G": 1, "C": H * D}
+        shapes = {
+            name: [sizes[letter] if letter in sizes else int(letter) for letter in shape.split()]
+            for name, shape in self.tensors.items()
+        }
         return {
             name: (torch.rand(shape) * 2 - 1 if name == "positions" else torch.randn(shape)).to(dtype)
             for name, shape in shapes.items()
@@ -67,6 +82,35 @@ CASES = {
     "rotary_norm": Case({"x": "B N H D", "weight": "D"}),
     "window_attention": Case(MAPS, {"window_size": 3, "shift": 1}),
 }
+# The same over N tokens in a row, any number of them: other shapes where there are maps, and other arguments.
+ROW = dict.fromkeys("qkv", "B 1 N H D")
+IN_A_ROW = {
+    "aligned_attention": (ROW, lambda n: {"radius": (0, 2)}),
+    "bilevel_routing_attention": (
+        dict.fromkeys("qkv", "B 2 N H D"),
+        lambda n: {"regions": (2, 1), "routes": torch.tensor([[[1], [0]]])},
+    ),
+    "block_sparse_attention": (
+        dict.fromkeys("qkv", "B N H D"),
+        lambda n: {"blocks": ops.BlockList.from_mask(torch.ones(2 * [-(-n // 8)]).tril() > 0, block_size=8)},
+    ),
+    "channel_attention": (ROW, lambda n: {}),
+    "deformable_attention": (
+        {"q": "B 1 N H D", "k": "B M H D", "v": "B M H D", "positions": "B G M 2", "table": "H 3 5"},
+        lambda n: {},
+    ),
+    "deformable_sample": ({"x": "B 1 N C", "positions": "B G M 2"}, lambda n: {}),
+    "neighborhood_attention": (dict.fromkeys("qkv", "B N H D"), lambda n: {"kernel_size": min(n, 5)}),
+    "window_attention": (
+        dict.fromkeys("qkv", "B N 6 H D"), lambda n: {"window_size": (1, 3), "shift": (0, 1)}
+    ),
+}  # fmt: skip
+LENGTHS, WIDTHS = (1, 2, 5, 17, 97, 257), (10, 12, 33, 59, 80, 111)
+# What returns an LSE; PyTorch's own attention does not.
+WITH_LSE = (
+    "aligned_attention", "attention", "bilevel_routing_attention", "block_sparse_attention",
+    "deformable_attention", "neighborhood_attention", "window_attention",
+)  # fmt: skip
 RUNNABLE = [
     (op, backend.name)
     for op, table in sorted(OPERATIONS.items())
@@ -85,6 +129,55 @@ def gradients(out: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().requires_grad_() for name, x in tensors.items()}
+
+
+def in_a_row(op: str, length: int, width: int, keys: int = 5) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors in float64 and arguments of an operation over so many tokens of so many channels."""
+    tensors, others = IN_A_ROW.get(op, (CASES[op].tensors, lambda n: {}))
+    length = max(length, 2) if op == "neighborhood_attention" else length  # of one token there is no window
+    return Case(tensors).inputs(torch.float64, B=1, D=width, N=length, M=keys), others(length)
+
+
+def everything(
+    op: str, tensors: dict[str, Tensor], backend: str, others: dict[str, Any], with_lse: bool
+) -> list[Tensor]:
+    """The output, its LSE where asked for, and the gradients of both."""
+    tensors, options = leaves(tensors), {"return_lse": True} if with_lse else {}
+    out = call(op, tensors, backend, **others, **options)
+    found = list(out) if with_lse else [out]
+    loss = sum(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum() for x in found)
+    return found + list(torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True))
+
+
+def compare_in_a_row(
+    op: str, backend: str, dtype: torch.dtype, sizes: tuple[int, int, int], slack: float = 0.0
+) -> None:
+    """Hold a backend against the definition in float64, over so many tokens of so many channels and keys."""
+    torch.manual_seed(sum(sizes))
+    tensors, others = in_a_row(op, *sizes)
+    exact = {name: x.to(dtype).double() for name, x in tensors.items()}
+    low = {name: x.to(dtype) for name, x in exact.items()}
+    with_lse = op in WITH_LSE and backend != "sdpa"
+    truth = everything(op, exact, "reference", others, with_lse)
+    # Gradients on one scale: where they cancel, what is left is a rounding of their parts.
+    results, rounding = 1 + with_lse, torch.finfo(dtype).eps
+    scales = [max(1.0, x.abs().max().item()) for x in truth]
+    scales[results:] = [max(scales[results:])] * len(tensors)
+    ours, theirs = (
+        [
+            (a.double() - b).abs().max().item() / scale
+            for a, b, scale in zip(everything(op, low, name, others, with_lse), truth, scales, strict=True)
+        ]
+        for name in (backend, "reference")
+    )
+    for place, (error, budget) in enumerate(zip(ours, theirs, strict=True)):
+        error -= slack
+        if dtype == torch.float64:
+            assert error <= 1e-12, place
+        elif place < results:
+            assert error <= 2 * budget + 1e-5, place
+        else:  # what was saved for the backward pass may have been rounded
+            assert error <= 2 * max(budget, rounding) + 2e-4, place
 
 
 def test_every_operation_with_backends_is_in_the_table():
@@ -115,6 +208,14 @@ def test_r39_the_error_is_at_most_twice_that_of_the_definition(op, backend, dtyp
     assert output[0] <= 2 * output[1] + 1e-5
     for ours, theirs in others:
         assert ours <= 2 * max(theirs, torch.finfo(dtype).eps) + 2e-4
+
+
+@pytest.mark.slow
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_r39_any_length_and_width_has_its_values_lse_and_gradients(op, backend, dtype):
+    for sizes in zip(LENGTHS, WIDTHS, LENGTHS[::-1], strict=True):
+        compare_in_a_row(op, backend, dtype, sizes)
 
 
 # R40: what has no numbers leaks nowhere, what is large stays finite -----------------------------------------
@@ -253,6 +354,61 @@ def test_r44_an_unknown_backend_is_refused_with_those_there_are(op):
         call(op, CASES[op].inputs(), "referense")
     names = [backend.name for backend in OPERATIONS[op]]
     assert names[-1] == "reference", "the definition runs whatever the others refuse"
+
+
+def chosen(op: str, tensors: dict[str, Tensor]) -> str:
+    """The backend that a call without a name takes here."""
+    case = CASES[op]
+    return ops.explain(op, **tensors, **case.options, **case.others(2)).backend
+
+
+@every_operation
+def test_r44_threads_have_backends_of_their_own(op):
+    tensors, names = CASES[op].inputs(), [backend for each, backend in RUNNABLE if each == op]
+    together, seen = threading.Barrier(len(names), timeout=60), {}
+
+    def work(name: str) -> None:
+        with ops.use_backend(name):
+            together.wait()
+            out = call(op, tensors)
+            seen[name] = chosen(op, tensors), out
+            together.wait()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: backend for name, (backend, _) in seen.items()} == dict(zip(names, names, strict=True))
+    for name, (_, out) in seen.items():
+        assert torch.equal(out, call(op, tensors, name))
+
+
+@every_operation
+def test_r44_an_exception_gives_the_backend_back(op):
+    tensors = CASES[op].inputs()
+    before = chosen(op, tensors)
+    with pytest.raises(ValueError), ops.use_backend("reference"):
+        assert chosen(op, tensors) == "reference"
+        call(op, {name: x.long() for name, x in tensors.items()})
+    assert chosen(op, tensors) == before
+
+
+@every_backend
+def test_r44_what_is_computed_again_takes_the_backend_of_the_first_time(op, backend, monkeypatch):
+    tensors, resolve, used = leaves(CASES[op].inputs()), dispatch.resolve, []
+
+    def spy(*arguments: Any) -> Any:
+        used.append(resolve(*arguments)[0].name)
+        return resolve(*arguments)
+
+    monkeypatch.setattr(dispatch, "resolve", spy)
+    with ops.use_backend(backend):
+        out = checkpoint(lambda *x: call(op, dict(zip(tensors, x, strict=True))), *tensors.values())
+    found = gradients(out, tensors)
+    assert used == [backend] * 2
+    for name, x in gradients(call(op, tensors, backend), tensors).items():
+        assert torch.equal(found[name], x)
 
 
 @every_backend

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import zoo
-from zoo import ConfigError, IntegrityError, diffusion
+from zoo import ConfigError, IntegrityError, diffusion, ops
 from zoo.diffusion import DiTModel, VideoDiTModel
+from zoo.kernels import dispatch
 from zoo.layers import count_macs
 from zoo.layers.radial import radial_block_mask
 from zoo.models.dit import DiT, filter_checkpoint
@@ -380,6 +381,24 @@ def test_checkpointing_and_lora(kind):
     wanted = model(*arguments).sample
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "proj"], init_lora_weights=False))
     assert (model(*arguments).sample - wanted).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["dit", "video", "mmdit"])
+def test_what_is_computed_again_takes_the_backends_of_the_first_time(kind, monkeypatch):
+    model, arguments = model_and_arguments(kind)
+    model.enable_gradient_checkpointing()
+    resolve, used = dispatch.resolve, []
+
+    def spy(op: str, requested: str, call: object) -> tuple[dispatch.Backend, str]:
+        used.append(resolve(op, requested, call)[0].name)
+        return resolve(op, requested, call)
+
+    monkeypatch.setattr(dispatch, "resolve", spy)
+    with ops.use_backend("reference"):
+        out = model(*arguments).sample.sum()
+    first = len(used)
+    out.backward()
+    assert len(used) > first and set(used) == {"reference"}
 
 
 class Doubled:
