@@ -221,7 +221,7 @@ def test_a_wrong_recipe_is_one_line(recipe_file, override, words):
             "is told what to make by prompts",
         ),
         (["data.name=digit_pairs"], "is told classes, not prompts"),
-        (["data.image_size=15"], "multiple of the model's patches of 2"),
+        (["data.image_size=15"], "multiple of the model's patches of 4"),
         (["sampling.features=dit_digits"], "neither a run folder nor a model|must classify"),
         (["sampling.judge=nat_digit"], "'nat_digit' is neither a run folder .*did you mean nat_digits"),
         (["sampling.judge=nat_digits"], "does not know dark, light"),
@@ -637,7 +637,7 @@ def test_latents_are_those_of_the_vae(image_folder, vae_folder, tmp_path):
     ("overrides", "words"),
     [
         (["data.image_size=null"], "data.vae needs data.image_size"),
-        (["data.image_size=18"], "data.image_size=18 must be a multiple of 4"),
+        (["data.image_size=18"], "data.image_size=18 must be a multiple of 8"),
         (["data.vae=nowhere"], "data.vae=nowhere is no folder of a diffusers AutoencoderKL"),
         (["model.args={in_channels: 3}"], "latents of 4 channels and dit_digits wants 3"),
     ],
