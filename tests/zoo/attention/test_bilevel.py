@@ -119,7 +119,7 @@ def test_captured_global_weights_rebuild_the_output():
     x = torch.randn(2, 5, 6, 16)
     record = module.attention_weights(x)
     v = module._project(x)[2]
-    out = torch.einsum("byxhk,bhkd->byxhd", record.weights, v).flatten(-2)
+    out = torch.einsum("byxhk,bkhd->byxhd", record.weights, v).flatten(-2)
     torch.testing.assert_close(module.proj(out), module(x))
 
 
