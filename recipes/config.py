@@ -384,7 +384,10 @@ def check(made: Recipe, *, names: bool = True) -> None:
             continue
         if "low" in metadata:
             _check_number(made, key, value, metadata)
-        if metadata.get("slow"):
+        known = metadata["quick"](value) if metadata.get("quick") else None
+        if known is not None:
+            _check_name(made, key, value, known)
+        elif metadata.get("slow"):
             slow.append((key, value, metadata["names"]))
         elif "names" in metadata:
             _check_name(made, key, value, metadata["names"])

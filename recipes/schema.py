@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from zoo.errors import ConfigError
+from zoo.recipes.names import MODELS
 
 PRECISIONS = (
     "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "transformer-engine",
@@ -34,9 +36,18 @@ def number(
     return field(default=default, metadata=metadata)
 
 
-def choice(default: Any, names: Sequence[str] | Callable[[], Sequence[str]], *, slow: bool = False) -> Any:
-    """A field with one of `names`, or of what `names()` returns; `slow` where that imports torch."""
-    return field(default=default, metadata={"names": names, "slow": slow})
+def choice(
+    default: Any,
+    names: Sequence[str] | Callable[[], Sequence[str]],
+    *,
+    slow: bool = False,
+    quick: Callable[[str], Sequence[str] | None] | None = None,
+) -> Any:
+    """A field with one of `names`, or of what `names()` returns; `slow` where that imports torch.
+
+    `quick(value)` returns the names that a value is to be found among without imports, or None.
+    """
+    return field(default=default, metadata={"names": names, "slow": slow, "quick": quick})
 
 
 def notation(default: Any, is_right: Callable[[str], bool], wanted: str) -> Any:
@@ -50,6 +61,16 @@ def _models() -> Sequence[str]:
     from zoo import list_models
 
     return [*list_models(task="classification"), *(f"{TIMM}{name}" for name in timm.list_models())]
+
+
+def _zoo_models(name: str, task: str = "classification") -> Sequence[str] | None:
+    if name.startswith(TIMM):
+        return None
+    if "zoo.models" in sys.modules:  # somebody may have registered more
+        from zoo import list_models
+
+        return list_models(task=task)
+    return MODELS[task]
 
 
 def _optimizers() -> Sequence[str]:
@@ -99,7 +120,7 @@ def _is_auto_augment(text: str) -> bool:
 class Model:
     """The network and what it starts from; `name` is one of the zoo's, or timm/ and one of timm's."""
 
-    name: str = choice("???", _models, slow=True)
+    name: str = choice("???", _models, slow=True, quick=_zoo_models)
     pretrained: bool = False  # the published or shipped weights of this name
     checkpoint: str | None = None  # or a file, or another model whose published weights are taken
     num_classes: int | None = number(None, low=1)  # None: as many as the data has; else checked against it
@@ -378,6 +399,10 @@ def _generators() -> Sequence[str]:
     return list_models(task="generation")
 
 
+def _zoo_generators(name: str) -> Sequence[str] | None:
+    return _zoo_models(name, "generation")
+
+
 def _generation_sets() -> Sequence[str]:
     from zoo.recipes.data import NAMES
     from zoo.recipes.data.prompts import NAMES as PROMPTED
@@ -389,7 +414,7 @@ def _generation_sets() -> Sequence[str]:
 class GenerationModel(Model):
     """The network; `num_classes` follows from the data."""
 
-    name: str = choice("???", _generators, slow=True)
+    name: str = choice("???", _generators, slow=True, quick=_zoo_generators)
 
 
 @dataclass(kw_only=True)

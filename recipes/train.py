@@ -50,13 +50,15 @@ def train(
     run_dir: str | Path | None = None,
     resume: str | Path | bool | None = None,
     command: str | None = None,
+    images: tuple[Images, Images] | None = None,
 ) -> RunResult:
     """Train a recipe in a run folder, evaluate its best weights, and leave both there.
 
     `run_dir` defaults to the first free one of runs/<name>, runs/<name>-2, ...; `resume` is a run folder, a
     checkpoint in one, or True for `run_dir` (or the run of this recipe that was active last), and goes on
     with the very losses an uninterrupted run would have had. SIGTERM and SIGINT save the state after the
-    current step, then raise SystemExit(143) and KeyboardInterrupt.
+    current step, then raise SystemExit(143) and KeyboardInterrupt. `images` are those of the recipe to train
+    and to validate, where they have been opened already.
 
     Raises ConfigError, DataError, IntegrityError or ResourceError in one sentence, before the first step for
     all that can be known by then.
@@ -65,18 +67,20 @@ def train(
     check(made)
     try:
         with quiet():
-            return _train(made, run_dir, resume, command)
+            return _train(made, run_dir, resume, command, images)
     except ZooError as error:
         # A value that came from the environment may be a secret, and every message may name it.
         error.args = (made.conceal(str(error)),)
         raise
 
 
-def _train(made: Recipe, run_dir: Any, resume: Any, command: str | None) -> RunResult:
+def _train(
+    made: Recipe, run_dir: Any, resume: Any, command: str | None, images: tuple[Images, Images] | None
+) -> RunResult:
     began = time.monotonic()
     folder, checkpoint = _choose_folder(made, run_dir, resume)
     task = task_of(made)
-    train_images, val_images = load_halves(made, task.load_half)
+    train_images, val_images = images if images is not None else load_halves(made, task.load_half)
     classes = train_images.classes
     content = _check_resume(made, checkpoint, classes) if checkpoint is not None else None
     for note in (*train_images.notes, *val_images.notes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.recipes.data.torchvision_sets import SETS, TorchvisionSet
 
 if TYPE_CHECKING:
@@ -58,3 +58,27 @@ def load_halves(recipe: Recipe, load: Callable[..., Images] = load_half) -> tupl
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def open_halves(recipe: Recipe) -> tuple[Images, Images] | None:
+    """Return the training and the validation images of a recipe without importing torch.
+
+    None where that cannot be: torchvision's sets, latents, adapters. Raises ConfigError, DataError.
+    """
+    data = recipe.data
+    if data.name in SETS or recipe.task == "lora" or getattr(data, "vae", None) is not None:
+        return None
+    load = load_half
+    if recipe.task == "segmentation":
+        from zoo.recipes.data import masks
+
+        if data.name not in ("digit_scenes", "folder", "ade20k"):
+            return None
+        load = masks.load_half
+    if recipe.task == "generation" and data.name == "digit_pairs":
+        return None
+    try:
+        return load_halves(recipe, load)
+    except ZooError as error:
+        error.args = (recipe.conceal(str(error)),)
+        raise

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -13,6 +14,10 @@ from PIL import ExifTags, Image, ImageOps
 from zoo.errors import ConfigError, DataError
 from zoo.recipes.data.images import ENDINGS, FORMATS, MAX_PIXELS, images_below, read_image, reason_of
 from zoo.weights.files import open_file
+
+if TYPE_CHECKING:
+    from zoo.recipes.data.loader import Images
+    from zoo.recipes.schema import SegmentationRecipe
 
 IGNORE = -1  # what a target holds where no class is given, whatever the files have there
 _FOREIGN = -2
@@ -180,11 +185,7 @@ def folder_of(
     root: str | Path, split: str, *, classes: Sequence[str], ignore: int, from_one: bool
 ) -> MaskedImages:
     """Return the pairs of `root/<split>/images` and `root/<split>/masks`, or of `root/images` and so on."""
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(
-            f"no folder {root}; wanted one that holds train/ and val/, each with images/ and masks/"
-        )
+    root = _folder(root)
     place = root / split if (root / split).is_dir() else root
     for part in ("images", "masks"):
         if not (place / part).is_dir():
@@ -195,6 +196,14 @@ def folder_of(
     pairs, notes = match(place / "images", place / "masks")
     values = class_values(len(classes), ignore, from_one=from_one)
     return MaskedImages(split, pairs, classes, values, root=place, notes=notes)
+
+
+def _folder(root: str | Path) -> Path:
+    if not Path(root).is_dir():
+        raise DataError(
+            f"no folder {root}; wanted one that holds train/ and val/, each with images/ and masks/"
+        )
+    return Path(root)
 
 
 def match(images: Path, masks: Path, suffix: str = "") -> tuple[list[tuple[str, str]], list[str]]:
@@ -231,7 +240,7 @@ def folder_classes(root: str | Path, file: str | None, count: int | None) -> lis
 
     Raises ConfigError where neither is given, DataError for a file that does not fit.
     """
-    path = Path(file) if file is not None else Path(root) / "classes.txt"
+    path = Path(file) if file is not None else _folder(root) / "classes.txt"
     if not path.exists():
         if file is not None:
             raise DataError(f"no file {path} with the names of the classes, one a line")
@@ -322,3 +331,41 @@ def _unusable(name: str, root: str | Path, error: Exception, wanted: str) -> str
 
 PUBLISHED = {"ade20k": ade20k, "voc": voc, "cityscapes": cityscapes}
 NAMES = ("digit_scenes", "folder", *PUBLISHED)
+
+
+# ---- of a recipe
+
+
+def load_half(recipe: SegmentationRecipe, *, train: bool) -> Images:
+    """Return the training or the validation images of a recipe.
+
+    Raises ConfigError where `data.root` is needed and not given, DataError for what is wrong with the files.
+    """
+    data = recipe.data
+    if data.name == "digit_scenes":
+        from zoo.recipes.data.digit_scenes import DigitScenes
+
+        return DigitScenes(train=train)
+    if data.root is None:
+        wanted = (
+            "FOLDER with train/ and val/, each with images/ and masks/" if data.name == "folder" else "FOLDER"
+        )
+        raise ConfigError(f"data.name={data.name} needs data.root={wanted}")
+    if data.name == "folder":
+        classes = folder_classes(data.root, data.classes, recipe.model.num_classes)
+        return half_of_folder(recipe, data.root, classes, "train" if train else "val")
+    return PUBLISHED[data.name](data.root, train=train, download=data.download)
+
+
+def half_of_folder(
+    recipe: SegmentationRecipe, root: str | Path, classes: Sequence[str], split: str
+) -> MaskedImages:
+    """Return the pairs of a folder with as many classes as a recipe says. Raises DataError."""
+    data = recipe.data
+    wanted = recipe.model.num_classes
+    if wanted is not None and wanted != len(classes):
+        raise DataError(
+            f"model.num_classes={wanted}, but {len(classes)} classes are listed ({', '.join(classes[:5])}"
+            f"{', ...' if len(classes) > 5 else ''}); correct one of them"
+        )
+    return folder_of(root, split, classes=classes, ignore=data.ignore_index, from_one=data.reduce_zero_label)

@@ -222,36 +222,7 @@ class SegmentationTask(base.Task):
     label = "mIoU"
 
     def load_half(self, recipe: SegmentationRecipe, *, train: bool) -> Images:
-        data = recipe.data
-        if data.name == "digit_scenes":
-            from zoo.recipes.data.digit_scenes import DigitScenes
-
-            return DigitScenes(train=train)
-        if data.root is None:
-            wanted = (
-                "FOLDER with train/ and val/, each with images/ and masks/"
-                if data.name == "folder"
-                else "FOLDER"
-            )
-            raise ConfigError(f"data.name={data.name} needs data.root={wanted}")
-        if data.name == "folder":
-            classes = masks.folder_classes(data.root, data.classes, recipe.model.num_classes)
-            return self._folder(recipe, data.root, classes, "train" if train else "val")
-        return masks.PUBLISHED[data.name](data.root, train=train, download=data.download)
-
-    def _folder(
-        self, recipe: SegmentationRecipe, root: str | Path, classes: Sequence[str], split: str
-    ) -> masks.MaskedImages:
-        data = recipe.data
-        wanted = recipe.model.num_classes
-        if wanted is not None and wanted != len(classes):
-            raise DataError(
-                f"model.num_classes={wanted}, but {len(classes)} classes are listed ({', '.join(classes[:5])}"
-                f"{', ...' if len(classes) > 5 else ''}); correct one of them"
-            )
-        return masks.folder_of(
-            root, split, classes=classes, ignore=data.ignore_index, from_one=data.reduce_zero_label
-        )
+        return masks.load_half(recipe, train=train)
 
     def build_model(self, recipe: SegmentationRecipe, num_classes: int) -> nn.Module:
         head = recipe.head
@@ -280,7 +251,7 @@ class SegmentationTask(base.Task):
             return self.load_half(recipe, train=False)
         listed = (Path(data) / "classes.txt").exists()
         classes = masks.folder_classes(data, None, None) if listed else trained.classes
-        return self._folder(recipe, data, classes, "val")
+        return masks.half_of_folder(recipe, data, classes, "val")
 
     @torch.inference_mode()
     def measure(

@@ -40,17 +40,21 @@ def train(
     import shlex
 
     from zoo.recipes.config import recipe
-    from zoo.recipes.train import train as run
+    from zoo.recipes.data import open_halves
 
     overrides = [text for text in arguments if "=" in text]
     names = [text for text in arguments if "=" not in text]
+    # What is wrong with recipe or data is said before torch is imported, which takes seconds.
     if resume:
-        made, where = _resumed(names, overrides, run_dir)
+        (made, where), images = _resumed(names, overrides, run_dir), None
     else:
-        made, where = recipe(_only(names), overrides), None
+        made, where = recipe(_only(names), overrides, names=False), None
+        images = open_halves(made)
+    from zoo.recipes.train import train as run
+
     typed = ["zoo", "train", *arguments, *(["--resume"] if resume else [])]
     typed += ["--run-dir", str(run_dir)] if run_dir is not None else []
-    result = run(made, run_dir=run_dir, resume=where, command=shlex.join(typed))
+    result = run(made, run_dir=run_dir, resume=where, command=shlex.join(typed), images=images)
     pictures = ", ".join(sorted(file.name for file in result.folder.glob("*.png")))
     print(
         f"{made.model.name}: {result.evaluation.headline('validation images')} "
