@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.kernels.dispatch import OPERATIONS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "reliability"))
-from test_e_operations import CASES, call  # noqa: E402
+from test_e_operations import CASES, call, compare_in_a_row  # noqa: E402
 
 # Beside what the cases hold, and gradients of biases come from kernels of their own.
 BIASES = {
@@ -68,6 +70,26 @@ def test_gradients_are_those_of_finite_differences(op, small_tiles):
     leaves = tuple(x.requires_grad_() for x in tensors.values())
     run = lambda *leaves: call(op, dict(zip(tensors, leaves, strict=True)), "triton")  # noqa: E731
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", WITH_TRITON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_odd_widths_and_lengths_are_within_the_contract(op, dtype):
+    # Weights are cast for their products.
+    slack = 0.0 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    # Whole windows stay in registers, so their heads are narrow.
+    for length, width, keys in ((17, 33, 5), (2, 10, 97), (5, 59, 1)):
+        width = min(width, 31) if op == "window_attention" else width
+        compare_in_a_row(op, "triton", dtype, (length, width, keys), slack)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", WITH_TRITON)
+@given(length=st.integers(1, 20), width=st.integers(1, 20), keys=st.integers(1, 20))
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_size_is_exact(op, length, width, keys, small_tiles):
+    compare_in_a_row(op, "triton", torch.float64, (length, width, keys))
 
 
 def test_no_operator_is_left_out():
