@@ -309,7 +309,7 @@ def subject(
         parameters = list(model.parameters())
         call, count, tokens = model, sum(p.numel() for p in parameters), None
     else:
-        choices = [*OPERATIONS, *models]
+        choices = [*OPERATIONS, *models, *timm.list_models()]
         raise ConfigError(f"unknown model or operation {name!r}{did_you_mean(name, choices)}")
     if compiled:
         call = torch.compile(call)

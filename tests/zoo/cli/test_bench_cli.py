@@ -42,6 +42,7 @@ def test_a_comparison_draws_a_chart_and_a_report_shows_it(capsys, tmp_path):
         ([], 2, "name models or operations"),
         (["nat_digits", "--compare", "attention=window"], 2, "one of the two"),
         (["nat_digit"], 2, "did you mean nat_digits"),
+        (["swin_tiny_patch4_window7"], 2, "did you mean swin_tiny_patch4_window7_224"),
         (["nat_digits", "--size", "big"], 2, "--size must be positive numbers"),
         (["nat_digits", "--dtype", "int8"], 2, "--dtype must be"),
         (["--compare", "mechanism=window"], 2, "--compare must be attention="),
