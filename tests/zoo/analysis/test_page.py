@@ -118,7 +118,7 @@ def matches(results: list[dict], blocks) -> None:
         np.testing.assert_allclose(np.reshape(shown["heat"], block.grid), heat.numpy(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome on the path")
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the path (Debian: chromium-headless-shell)")
 def test_sliders_in_a_browser_show_what_the_functions_return(case, tmp_path):
     blocks, page = case
     file = tmp_path / "page.html"
