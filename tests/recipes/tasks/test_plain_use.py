@@ -1,4 +1,4 @@
-"""What a run leaves is used in plain PyTorch, timm and diffusers, by the code that recipes/README.md shows."""
+"""What a run leaves is used in plain PyTorch, timm and diffusers, by the code of recipes/README.md."""
 
 from __future__ import annotations
 
