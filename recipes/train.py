@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from zoo.errors import ConfigError, IntegrityError, ZooError
@@ -138,7 +139,7 @@ def _choose_folder(made: Recipe, run_dir: Any, resume: Any) -> tuple[Path, Path 
     if rank_zero_only.rank != 0 and (run_dir or "ZOO_RUN_DIR" in os.environ):
         return Path(run_dir or os.environ["ZOO_RUN_DIR"]), None
     if run_dir is None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _started_together() > 1:
             raise ConfigError("several processes start this training: name its folder with --run-dir")
         folder = runs.new_folder(made.name)
         os.environ["ZOO_RUN_DIR"] = str(folder)  # for the processes that Lightning starts
@@ -151,6 +152,13 @@ def _choose_folder(made: Recipe, run_dir: Any, resume: Any) -> tuple[Path, Path 
             f"{folder} already holds a run; go on with it by --resume, or take another --run-dir"
         )
     return folder, None
+
+
+def _started_together() -> int:
+    """How many processes torchrun or SLURM has started for this training."""
+    if SLURMEnvironment.detect():
+        return int(os.environ["SLURM_NTASKS"])
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_resume(made: Recipe, checkpoint: Path, classes: list[str]) -> dict[str, Any]:

@@ -543,6 +543,18 @@ def test_two_processes_train_and_resume(recipe_file, tmp_path):
     assert steps == [str(step + 1) for step in range(STEPS)]
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [{"WORLD_SIZE": "2"}, {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "digits"}],
+    ids=lambda each: min(each),
+)
+def test_processes_of_torchrun_and_slurm_must_be_told_one_folder(recipe_file, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="several processes start this training: name its folder"):
+        api.train(api.recipe(recipe_file))
+
+
 def test_train_takes_a_recipe_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="did you mean classification/digits"):
