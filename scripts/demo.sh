@@ -23,10 +23,14 @@ zoo predict "$run" "$run/held_out" --top-k 3 --json "$run/predictions.json" --ex
 echo "== generating digits with the shipped diffusion transformer (train one: zoo train generation/digits)"
 zoo generate dit_digits --output "$run/generated"
 
-echo "== done; everything is in $run"
+echo "== segmenting scenes of two digits, after two of the recipe's seven epochs"
+zoo train segmentation/digit_scenes --run-dir "$run-scenes" optim.epochs=2
+
+echo "== done; everything is in $run and $run-scenes"
 echo "   curves            $run/curves.png"
 echo "   confusion matrix  $run/confusion.png"
 echo "   attention         $run/attention/"
 echo "   predictions       $run/predictions.json"
 echo "   generated digits  $run/generated/grid.png"
+echo "   segmented scenes  $run-scenes/overlays.png"
 echo "   model             $run/model.safetensors"
