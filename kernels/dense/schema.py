@@ -19,7 +19,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, N, H, Dv] in q's dtype and the natural-log LSE [B, N, H].
 
-    The bias has four axes, of length 1 where it is shared; only one of all pairs has a gradient.
+    The bias is [B or 1, H or 1, N, M], or [B or 1, 1, 1, M] without a gradient.
     """
     return _implementation(backend).forward(q, k, v, bias, scale)
 

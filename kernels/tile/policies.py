@@ -459,6 +459,12 @@ def table_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_
 
 
 @triton.jit
+def key_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_b, i_h, Q: tl.constexpr):
+    """A number for each key of an image. B = (numbers, their strides of an image and a key)."""
+    return along(tl.load(B[0] + i_b * B[1] + o_k.to(tl.int64) * B[2], mask=m_k, other=0.0), 1 - Q)
+
+
+@triton.jit
 def relative_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_b, i_h, Q: tl.constexpr):
     """A number for each offset between key and query on the grid. B = (table, stride of a head)."""
     r2 = along(of_k[2], 1 - Q) - along(of_q[5], Q) + P[9] - 1

@@ -190,6 +190,14 @@ def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
 
 
+def everything(width: int, *, masked: bool = False) -> None:
+    """Attention of all to all with its LSE, forward and backward."""
+    mask = torch.ones(2, 1000, dtype=torch.bool) if masked else None
+    leaf = leaves((2, 4096, 2, width), *[(2, 1000, 2, width)] * 2)
+    out, lse = ops.attention(*leaf, key_mask=mask, return_lse=True)
+    (out.sum() + lse.sum()).backward()
+
+
 def agents(width: int, tokens: int, count: int) -> None:
     """Attention through agents with both biases, forward and backward."""
     q, k, v, few = leaves(*[(2, tokens, 2, width)] * 3, (2, count, 2, width))
@@ -258,6 +266,8 @@ CASES: dict[str, Callable[[], None]] = {
     "blocks of 64, 64 wide, with bias": lambda: blocks(64, 64, biased=True),
     "blocks of 128, 256 wide": lambda: blocks(256, 128),
     "segments, 64 wide": lambda: blocks(64, 64, segments=True),
+    "all keys, 64 wide, masked": lambda: everything(64, masked=True),
+    "all keys, 128 wide": lambda: everything(128),
     "neighborhood 56x56, 32 wide, with bias": lambda: near(32, NAT, biased=True),
     "neighborhood 56x56, 32 wide, float32, with bias": lambda: near(32, NAT, torch.float32, biased=True),
     "neighborhood 56x56 dilated, 32 wide": lambda: near(32, DILATED),
@@ -279,6 +289,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 # What the table of kernels/README.md shows.
 MAIN = (
+    "all keys, 128 wide",
     "blocks of 128, 64 wide",
     "blocks of 128, 128 wide",
     "segments, 64 wide",

@@ -178,6 +178,19 @@ def dense(make: Maker, batch: int, tokens: int, heads: int, width: int) -> Probl
     )
 
 
+def text(make: Maker, batch: int, tokens: int, words: int, heads: int, width: int) -> Problem:
+    """Tokens that read a text, the last third of which is padding."""
+    x = {"q": make.leaf(batch, tokens, heads, width)}
+    x |= {name: make.leaf(batch, words, heads, width) for name in "kv"}
+    seen = (torch.arange(words) < words - words // 3).expand(batch, -1).to(make.device)
+    return Problem(
+        x,
+        lambda x, backend: ops.attention(**x, key_mask=seen, return_lse=True, backend=backend),
+        {"sdpa": lambda x: ops.attention(**x, key_mask=seen, backend="sdpa")},
+        **_attention(x, batch * heads * tokens * words),
+    )
+
+
 def block_lists(make: Maker, tokens: int, heads: int, width: int, keep: float) -> Problem:
     """A random share of the pairs of blocks, the diagonal among them."""
     count = -(-tokens // 128)
@@ -487,6 +500,14 @@ CASES = [
         ),
         {"batch": 1, "tokens": 16384, "heads": 16, "width": 128},
         (*_both("sdpa cudnn", 0.75, 0.60), *_both("flex", 1.05, 1.0)), tuned=True,
+    ),
+    Case(
+        "a padded text of 512 tokens read by 4096, 24 heads of 128, batch 4", "attention", text,
+        (
+            {"batch": 2, "tokens": 97, "words": 33, "heads": 2, "width": 64},
+            {"batch": 1, "tokens": 17, "words": 257, "heads": 2, "width": 33},
+        ),
+        {"batch": 4, "tokens": 4096, "words": 512, "heads": 24, "width": 128},
     ),
     Case(
         "neighborhood 56x56, kernel 7, 2 heads of 32, batch 128", NEAR, near, SMALL_NEAR,
