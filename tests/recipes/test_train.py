@@ -487,6 +487,35 @@ def test_every_choice_trains(run, overrides):
     assert np.isfinite(result.metrics["val_loss"])
 
 
+@pytest.mark.slow
+def test_a_compiled_network_trains_to_the_same_losses_and_stops_and_goes_on(
+    run, finished, at_step, tmp_path, monkeypatch
+):
+    """By a backend without code generation: what is tested is that the run goes through the compiler."""
+    compiled = []
+
+    def graphs(module, inputs):
+        compiled.append(module)
+        return module.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend=graphs))
+    at_step(4, kill)
+    with pytest.raises(Killed):
+        run("compiled", "trainer.compile=true")
+    assert compiled
+    run("compiled", "trainer.compile=true", resume=tmp_path / "compiled")
+
+    def losses(folder: Path) -> list[float]:
+        with (folder / "metrics.csv").open() as file:
+            return [float(row["train_loss"] or row["val_loss"]) for row in csv.DictReader(file)]
+
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(finished), rel=1e-5)
+    state = torch.load(tmp_path / "compiled" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    whole = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == whole.keys()  # no name of the compiler's
+
+
 def test_layer_decay_and_no_decay_groups_reach_the_optimiser(recipe_file, monkeypatch):
     made = recipe(recipe_file, ["optim.layer_decay=0.5", "optim.lr=1.0"])
     from zoo.recipes.run_folder import build_backbone
