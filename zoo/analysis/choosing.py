@@ -21,6 +21,7 @@ TASKS = {"classification": "top1", "segmentation": "top1", "generation": "fid"}
 LATENT = 8  # pixels of an image along one side of a latent pixel
 CLASSES = 150  # of a segmentation, as in ADE20K
 MARGIN = 1.5  # a rough estimate may be wrong by this factor before a candidate is left out
+PASSES = 6  # that measuring one candidate takes at the least: warm-up, three times, memory, and its building
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,20 @@ def choose(
         threads = torch.get_num_threads()
         about["device"] = "one CPU thread" if threads == 1 else f"{threads} CPU threads, time on the wall"
     end = perf_counter() + patience
-    speeds = trial.scout(waiting) if latency is not None else {}
+    speeds = trial.scout(waiting, until=perf_counter() + patience / 2)
     ranked, missed, unmeasured = [], [], []
     for candidate in waiting:
         reason = None
+        left = end - perf_counter()
+        about_ms = speeds.get(_family(candidate.name), 0) * candidate.parameters
         if len(ranked) >= most:
             reason = f"not needed: {most} others with a better published figure fit"
-        elif perf_counter() > end:
+        elif left < 0:
             reason = f"not reached within {patience:g} s"
-        elif speeds.get(_family(candidate.name), 0) * candidate.parameters > MARGIN * (latency or 0) > 0:
-            about_ms = speeds[_family(candidate.name)] * candidate.parameters
+        elif about_ms > MARGIN * (latency or 0) > 0:
             reason = f"about {about_ms:.0f} ms, by its family's speed for each parameter"
+        elif PASSES * about_ms > 1000 * left:
+            reason = f"about {PASSES * about_ms / 1000:.0f} s to measure, {left:.0f} left of {patience:g}"
         elif memory is not None and 4 * candidate.parameters > memory * 2**20:
             reason = f"its weights alone are {4 * candidate.parameters / 2**20:.0f} MB"
         if reason is not None:
@@ -143,14 +147,16 @@ class _Trial:
         self.batch, self.training, self.device, self.seconds = batch, training, device, seconds
         self.clock = clock_of(device, wall=torch.get_num_threads() > 1)
 
-    def scout(self, candidates: Iterable[Candidate]) -> dict[str, float]:
-        """Milliseconds for each parameter of the smallest candidate with a figure, by family."""
+    def scout(self, candidates: Iterable[Candidate], until: float) -> dict[str, float]:
+        """Milliseconds for each parameter of the smallest candidate with a figure, by family, until then."""
         smallest: dict[str, Candidate] = {}
         for each in sorted(candidates, key=lambda each: each.parameters):
             if each.published is not None:
                 smallest.setdefault(_family(each.name), each)
         speeds = {}
         for family, each in smallest.items():
+            if perf_counter() > until:
+                break
             try:
                 run = self._pass(each)
                 run()

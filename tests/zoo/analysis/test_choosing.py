@@ -82,6 +82,13 @@ def test_patience_ends(staged):
     assert mini.reason == "not reached within 0 s"
 
 
+def test_what_would_outlast_patience_is_not_begun(staged):
+    """nat_mini's milliseconds for each parameter say what nat_base would take."""
+    made = choose(among="nat_[mb][ai]*", seconds=0, patience=1.3)
+    assert [each.name for each in made.ranked] == ["nat_mini"]
+    assert "to measure" in made.unmeasured[0].reason and "nat_base" not in staged
+
+
 @pytest.mark.parametrize(
     ("task", "options"),
     [
