@@ -355,5 +355,7 @@ def test_colours_of_overlays_are_where_the_classes_are():
 
 @pytest.mark.slow
 def test_the_digit_scenes_are_learnt(tmp_path):
-    result = api.train(api.recipe("segmentation/digit_scenes"), run_dir=tmp_path / "scenes")
-    assert result.metrics["val_miou"] >= 0.76
+    """After two of the recipe's seven epochs; what all of them reach is in the recipe."""
+    made = api.recipe("segmentation/digit_scenes", overrides=["optim.epochs=2"])
+    result = api.train(made, run_dir=tmp_path / "scenes")
+    assert result.metrics["val_miou"] >= 0.68
