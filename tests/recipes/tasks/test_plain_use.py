@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ def test_the_page_runs_as_printed(finished, segmented, image_folder, tmp_path, m
     for name, folder in (("digits", finished), ("scenes", segmented)):
         Path("runs", name).symlink_to(folder)
     (block,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    left = {}
-    exec(compile(block, "recipes/README.md", "exec"), left)
+    Path("page.py").write_text(block)
+    left = runpy.run_path("page.py")
     image = torch.randn(1, 3, 32, 32)
     ours = api.load_trained(finished).model.eval()
     assert torch.equal(left["classifier"].eval()(image), ours(image))
