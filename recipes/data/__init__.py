@@ -1,4 +1,4 @@
-"""Data sets by name: `digits`, `folder`, and those of torchvision in a closed list."""
+"""Data sets by name: `digits`, `folder` (shards of one too), and those of torchvision in a closed list."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def load_half(recipe: Recipe, *, train: bool) -> Images:
         raise ConfigError(f"data.name={data.name} needs data.root={wanted}")
     if data.name == "folder":
         from zoo.recipes.data.images import split_of
+        from zoo.recipes.data.shards import images_in
 
-        return split_of(data.root, "train" if train else "val")
+        return split_of(data.root, "train" if train else "val", images_in)
     return TorchvisionSet(data.name, data.root, train=train, download=data.download)
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from zoo.errors import DataError
 from zoo.weights.files import open_file
+
+Split = TypeVar("Split")
 
 # Only these decoders may run on a file, whatever its ending claims.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -21,14 +24,14 @@ MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a gigabyte o
 MAX_ASPECT = 100  # the shorter side is resized to the model's, so a line of pixels would become a huge image
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as upright 8-bit RGB.
+def read_image(path: str | Path, opened: Callable[[str | Path], IO[bytes]] = open_file) -> Image.Image:
+    """Read an image file, or what `opened` gives for its name, as upright 8-bit RGB.
 
     EXIF orientation is applied, 16-bit grey is scaled (not clipped), transparency is laid over white,
     palettes, CMYK and grey are converted. Raises DataError naming the file and the reason.
     """
     try:
-        with warnings.catch_warnings(), open_file(path) as file:
+        with warnings.catch_warnings(), opened(path) as file:
             # What Pillow warns of in a damaged file is either an error below or does not matter.
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
@@ -67,7 +70,7 @@ def reason_of(error: Exception, path: str | Path) -> str:
     if isinstance(error, IsADirectoryError):
         return "it is a folder"
     if isinstance(error, Image.UnidentifiedImageError):
-        if Path(path).stat().st_size == 0:
+        if Path(path).is_file() and Path(path).stat().st_size == 0:
             return "the file is empty"
         return f"damaged, or none of {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
@@ -144,7 +147,7 @@ class ImageFolder:
         return Path(self.files[index]).relative_to(self.root.parent).as_posix()
 
 
-def split_of(root: str | Path, split: str) -> ImageFolder:
+def split_of(root: str | Path, split: str, images_in: Callable[[Path], Split] = ImageFolder) -> Split:
     """Return the images of `root/<split>`. Raises DataError for a missing folder or another layout."""
     root = Path(root)
     if not root.is_dir():
@@ -154,7 +157,7 @@ def split_of(root: str | Path, split: str) -> ImageFolder:
             ", ".join(sorted(entry.name for entry in _entries(root) if entry.is_dir())[:5]) or "no folders"
         )
         raise DataError(f"{root} has no {split}/ inside (found {found}); wanted {root}/train and {root}/val")
-    return ImageFolder(root / split)
+    return images_in(root / split)
 
 
 def image_files(sources: Sequence[str | Path]) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.recipes.data.loader import Images
+from zoo.recipes.data.shards import ImageShards
 from zoo.recipes.files import write_atomically
 
 CACHE = Path("latents")
@@ -112,7 +113,7 @@ class LatentImages:
 
 
 def _key(images: Images, vae: nn.Module, transform: Callable[[Image.Image], Tensor]) -> str:
-    """What the latents follow from, as a file name: weights, transform, and names and times of the files."""
+    """What the latents follow from, as a file name: weights, transform, names and times (or checksums)."""
     found = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         found.update(name.encode())
@@ -120,6 +121,9 @@ def _key(images: Images, vae: nn.Module, transform: Callable[[Image.Image], Tens
     found.update(repr(transform).encode())
     for index in range(len(images)):
         name = images.describe(index)
+        if isinstance(images, ImageShards):
+            found.update(json.dumps([name, *images.mark(index)]).encode())
+            continue
         file = Path(name)
         stat = file.stat() if file.is_file() else None
         found.update(json.dumps([name, stat and stat.st_size, stat and stat.st_mtime_ns]).encode())

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from zoo.errors import ConfigError, DataError
 from zoo.recipes import pictures
 from zoo.recipes.data import load_half
-from zoo.recipes.data.images import ImageFolder
 from zoo.recipes.data.loader import BadImage, EpochLoader, Images
+from zoo.recipes.data.shards import images_in
 from zoo.recipes.data.transforms import (
     ImageOnly,
     InputSettings,
@@ -165,7 +165,7 @@ class ClassificationTask(base.Task):
             recipe.data.name = "digits"
             return load_half(recipe, train=False)
         root = Path(data)
-        return ImageFolder(root / "val" if (root / "val").is_dir() else root)
+        return images_in(root / "val" if (root / "val").is_dir() else root)
 
     @torch.inference_mode()
     def measure(

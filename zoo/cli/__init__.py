@@ -14,7 +14,7 @@ def build() -> object:
     """Build the typer application; imported late so that a shell completion stays fast."""
     import typer
 
-    from zoo.cli import bench, choose, generate, models, recipes, runs, visualize, weights
+    from zoo.cli import bench, choose, data, generate, models, recipes, runs, visualize, weights
 
     app = typer.Typer(
         name="zoo",
@@ -37,6 +37,7 @@ def build() -> object:
     app.command("export")(runs.export)
     app.add_typer(runs.runs, name="runs")
     app.add_typer(recipes.recipes, name="recipes")
+    app.add_typer(data.data, name="data")
     app.add_typer(weights.weights, name="weights")
     app.command("visualize")(visualize.visualize)
     app.command("bench")(bench.bench)
