@@ -154,7 +154,7 @@ class AnyData:
 
 @dataclass(kw_only=True)
 class Data(AnyData):
-    """Images of one class each; `root`: train/ and val/ of a folder, or where torchvision keeps its files."""
+    """Images of one class each; `root`: train/ and val/ of a folder or shards, or torchvision's folder."""
 
     local = ("folder", "digits")
 
