@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import pickle
+import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,16 @@ from zoo.errors import ConfigError, DataError, ZooError
 from zoo.recipes.config import recipe
 from zoo.recipes.data import load_half, load_halves
 from zoo.recipes.data.images import split_of
-from zoo.recipes.data.shards import ImageShards, check_shards, images_in, index_shards, write_shards
+from zoo.recipes.data.latents import _key as latents_key
+from zoo.recipes.data.shards import (
+    ImageShards,
+    check_shards,
+    images_in,
+    index_shards,
+    index_tar,
+    write_shards,
+)
+from zoo.recipes.evaluate import evaluate
 from zoo.recipes.schema import Recipe
 from zoo.recipes.training import Training
 
@@ -214,6 +224,24 @@ def test_training_from_shards_is_training_from_the_folder_bit_for_bit(run, train
 @pytest.mark.slow
 def test_reader_processes_change_nothing(run, train):
     assert same_run(run("folder").folder, train("shards", "data.workers=2").folder)
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_on_shards_as_on_their_folder(image_folder, written, finished):
+    of_images, of_shards = (evaluate(finished, root) for root in (image_folder, written))
+    assert (of_shards.images, of_shards.top1, of_shards.loss) == (10, of_images.top1, of_images.loss)
+
+
+def test_latents_in_the_cache_are_those_of_the_shards_at_hand(shards):
+    """An image that was replaced under its name has other latents."""
+    vae = torch.nn.Identity()
+    before = latents_key(images_in(shards / "val"), vae, np.abs)
+    assert latents_key(images_in(shards / "val"), vae, np.abs) == before
+    path = shards / "val" / "shards.json"
+    index = json.loads(path.read_text())
+    index["samples"]["crc32"][3] ^= 1
+    path.write_text(json.dumps(index))
+    assert latents_key(images_in(shards / "val"), vae, np.abs) != before
 
 
 @pytest.mark.slow
@@ -423,6 +451,43 @@ def test_hostile_members_are_never_written_nor_followed(tmp_path):
     other = tmp_path / "other"
     pack(other / "val" / "a.tar", link, ("b.cls", b"0"))
     refused(lambda: index_shards(other, tell=quiet), "no image for 'b'")
+
+
+def test_bytes_changed_at_random_are_refused_in_one_line_or_harmless(shards):
+    """Archives with right and wrong header checksums, and indexes: DataError is all that can come of them."""
+    draw = random.Random(0)
+    archive, index = shards / "train" / "000000.tar", shards / "train" / "shards.json"
+    whole, written = archive.read_bytes(), index.read_bytes()
+    messages = []
+    for number in range(80):
+        content = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            field = draw.choice([0, 100, 124, 130, 148, 156, 257, 345])  # of the header, where it is one
+            content[draw.randrange(len(content) // 512) * 512 + field] = draw.choice(b"\0\x80\xff07xgLS")
+        for start in range(0, len(content), 512) if number % 2 else ():
+            if content[start + 257 : start + 262] == b"ustar":
+                content[start + 148 : start + 156] = b" " * 8
+                content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+        archive.write_bytes(content)
+        try:
+            index_tar(archive)
+        except DataError as error:
+            messages.append(str(error))
+    archive.write_bytes(whole)
+    for _ in range(80):
+        content = bytearray(written)
+        place = draw.randrange(len(content))
+        content[place : place + 1] = draw.choice(
+            [b"-", b"9", b"null", b".5", b"[", b'"', b"1e9", b"NaN", b"\xff"]
+        )
+        index.write_bytes(content)
+        try:
+            images = images_in(shards / "train")
+            images.load(draw.randrange(len(images)))
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.isprintable() for message in messages)
 
 
 # ---- what cannot be written
