@@ -78,7 +78,9 @@ class ImageShards:
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise DataError(f"shard {path} of its {INDEX} cannot be read ({error.strerror})") from None
+            raise DataError(
+                f"shard {path} cannot be read ({error.strerror}), and its {INDEX} names it"
+            ) from None
         if found != shard["bytes"]:
             raise DataError(
                 f"shard {path} has {found:,} bytes, its {INDEX} says {shard['bytes']:,}; copy it again"

@@ -23,6 +23,7 @@ from zoo.recipes.config import recipe
 from zoo.recipes.data import load_half, load_halves
 from zoo.recipes.data.images import split_of
 from zoo.recipes.data.latents import _key as latents_key
+from zoo.recipes.data.loader import EpochLoader
 from zoo.recipes.data.shards import (
     ImageShards,
     check_shards,
@@ -31,6 +32,7 @@ from zoo.recipes.data.shards import (
     index_tar,
     write_shards,
 )
+from zoo.recipes.data.transforms import ImageOnly, InputSettings, eval_transform
 from zoo.recipes.evaluate import evaluate
 from zoo.recipes.schema import Recipe
 from zoo.recipes.training import Training
@@ -215,6 +217,24 @@ def same_run(one: Path, other: Path) -> bool:
     left, right = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     metrics = (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
     return metrics and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_gets_the_share_it_would_have_of_the_folder(image_folder, written, rank):
+    """From the middle of an epoch on, as after a resume."""
+    numbers = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    settings = InputSettings(size=(3, 8, 8), **numbers)
+    found = []
+    for root in (image_folder, written):
+        images = load_half(of_folder(root), train=True)
+        loader = EpochLoader(images, ImageOnly(eval_transform(settings)), batch_size=4, seed=3, train=True)
+        loader.share(rank, 2)
+        loader.position = (1, 1)
+        found.append(list(loader))
+    folder, shards = found
+    assert len(folder) == len(shards) == 2
+    for (pixels, labels), (others, other_labels) in zip(folder, shards, strict=True):
+        assert torch.equal(pixels, others) and torch.equal(labels, other_labels)
 
 
 def test_training_from_shards_is_training_from_the_folder_bit_for_bit(run, train):
