@@ -168,7 +168,7 @@ def test_names_that_tar_or_its_readers_would_misread(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_what_we_write(image_folder, written):
-    webdataset = pytest.importorskip("webdataset")
+    webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
     paths = sorted(map(str, (written / "train").glob("*.tar")))
     read = webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode("rgb8")
     found = {sample["__key__"]: (sample["png"], sample["cls"]) for sample in read}
@@ -181,7 +181,7 @@ def test_webdataset_reads_what_we_write(image_folder, written):
 
 
 def test_we_read_what_webdataset_writes(image_folder, tmp_path):
-    webdataset = pytest.importorskip("webdataset")
+    webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         images = split_of(image_folder, split)
