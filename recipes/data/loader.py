@@ -207,6 +207,10 @@ class EpochLoader:
                 if "DataLoader" not in str(error):
                     raise
                 reason = str(error).splitlines()[0]
+                # PyTorch raises in whatever this process does when a worker that it watches is killed.
+                if iterator._worker_pids_set:
+                    torch._C._remove_worker_pids(id(iterator))
+                    iterator._worker_pids_set = False
                 # They ignore SIGTERM, so one that hangs would keep this process from ending too.
                 for worker in iterator._workers:
                     worker.kill()

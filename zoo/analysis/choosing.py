@@ -21,7 +21,7 @@ TASKS = {"classification": "top1", "segmentation": "top1", "generation": "fid"}
 LATENT = 8  # pixels of an image along one side of a latent pixel
 CLASSES = 150  # of a segmentation, as in ADE20K
 MARGIN = 1.5  # a rough estimate may be wrong by this factor before a candidate is left out
-PASSES = 6  # that measuring one candidate takes at the least: warm-up, three times, memory, and its building
+PASSES = 7  # that measuring one candidate takes at the least: warm-up, three for time, three for memory
 
 
 @dataclass(frozen=True)
