@@ -24,7 +24,7 @@ echo "== generating digits with the shipped diffusion transformer (train one: zo
 zoo generate dit_digits --output "$run/generated"
 
 echo "== segmenting scenes of two digits, after two of the recipe's seven epochs"
-zoo train segmentation/digit_scenes --run-dir "$run-scenes" optim.epochs=2
+OMP_NUM_THREADS=2 zoo train segmentation/digit_scenes --run-dir "$run-scenes" optim.epochs=2
 
 echo "== done; everything is in $run and $run-scenes"
 echo "   curves            $run/curves.png"
