@@ -112,7 +112,8 @@ def _parse(data: bytes, name: str) -> dict[str, Tensor]:
 
     if not data:
         raise IntegrityError(f"{name} is empty; fetch it again")
-    if data.lstrip()[:1] == b"<":
+    # The length that a safetensors file begins with may look like " <", but a zero is among its bytes.
+    if data.lstrip()[:1] == b"<" and b"\0" not in data[:8]:
         raise IntegrityError(f"{name} is a web page, not a weights file; fetch it again")
     if name.endswith(".safetensors"):
         try:

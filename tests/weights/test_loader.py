@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import zoo
 from zoo.weights import loader
@@ -137,3 +137,15 @@ def test_paths_that_are_no_files(tmp_path):
         loader.read_state_dict(tmp_path / "nat.pht")
     with pytest.raises(zoo.ConfigError, match="is a folder"):
         loader.read_state_dict(tmp_path)
+
+
+def test_a_header_whose_length_looks_like_a_page_is_read(tmp_path):
+    """0x3C20 bytes of header: the file begins with a blank and a <."""
+    plain = len(save({"w": torch.ones(2)}, metadata={"note": ""}))
+    for missing in range(0x3C20 - plain, 0x3C20, 8):
+        data = save({"w": torch.ones(2)}, metadata={"note": "x" * missing})
+        if data[:2] == b" <":
+            break
+    assert data[:2] == b" <"
+    (tmp_path / "w.safetensors").write_bytes(data)
+    assert torch.equal(loader.read_state_dict(tmp_path / "w.safetensors")["w"], torch.ones(2))
