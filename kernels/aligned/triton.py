@@ -30,13 +30,13 @@ def backward(
     lse: Tensor,
     radius: tuple[int, ...],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Return the gradients of q, k and v."""
     grid = q.shape[1:-2]
     lse, grad_lse = (None if x is None else x.flatten(1, -2) for x in (lse, grad_lse))
     grad_out, q, k, v, out = (x.flatten(1, -3) for x in (grad_out, q, k, v, out))
     *grads, _ = launch.backward(grad_out, grad_lse, q, k, v, out, lse, _tiling(grid, radius), scale)
-    return tuple(x.unflatten(1, grid) for x in grads)
+    return [x.unflatten(1, grid) for x in grads]
 
 
 def describe(q: Tensor, v: Tensor, radius: tuple[int, ...]) -> str:

@@ -1,16 +1,11 @@
-"""Bi-level routing attention as one opaque operator: what torch.compile, export and autograd see of it.
-
-The backend was chosen by the caller and goes along as a name, so that the backward pass and recomputation
-take the same.
-"""
+"""Bi-level routing attention as one opaque operator."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from zoo.kernels.operators import implementation, register_attention
 
 
 @torch.library.custom_op("zoo::bilevel_routing_attention", mutates_args=())
@@ -18,13 +13,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, Y, X, Hq, Dv] in q's dtype and the natural-log LSE [B, Y, X, Hq]."""
-    return _implementation(backend).forward(q, k, v, routes, tuple(regions), scale)
-
-
-@forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=dtype)
+    return implementation("bilevel", backend).forward(q, k, v, routes, tuple(regions), scale)
 
 
 @torch.library.custom_op("zoo::bilevel_routing_attention_backward", mutates_args=())
@@ -40,35 +29,11 @@ def backward(
     regions: list[int],
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Return the gradients of q, k and v."""
-    return _implementation(backend).backward(
+    return implementation("bilevel", backend).backward(
         grad_out, grad_lse, q, k, v, routes, out, lse, tuple(regions), scale
     )
 
 
-@backward.register_fake
-def _(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.rest = inputs[4:]
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[4])
-    return (*backward(grad_out, grad_lse, *saved, *ctx.rest), None, None, None, None)
-
-
-forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(backend: str) -> Any:
-    # Triton is imported by the first call that runs it, never with the package.
-    return import_module(f"zoo.kernels.bilevel.{backend}")
+register_attention(forward, backward, 4)

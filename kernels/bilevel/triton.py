@@ -33,7 +33,7 @@ def backward(
     lse: Tensor,
     regions: tuple[int, int],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Return the gradients of q, k and v."""
     inverse = _inverse(routes)
     flat = [None if x is None else x.flatten(1, 2) for x in (grad_out, grad_lse, q, k, v, out, lse)]
@@ -43,7 +43,7 @@ def backward(
         scale,
         tiling_of_keys=_tiling(q, k, regions, routes, inverse, keys_own=True),
     )
-    return tuple(x.unflatten(1, like.shape[1:3]) for x, like in zip(grads, (q, k, v), strict=True))
+    return [x.unflatten(1, like.shape[1:3]) for x, like in zip(grads, (q, k, v), strict=True)]
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int]) -> str:

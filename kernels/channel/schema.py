@@ -1,22 +1,19 @@
-"""Channel attention as one opaque operator: what torch.compile, export and autograd see of a backend.
-
-The backend was chosen by the caller and goes along as a name, so that the backward pass and recomputation
-take the same.
-"""
+"""Channel attention as one opaque operator."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.kernels.operators import empty, implementation
+
 
 @torch.library.custom_op("zoo::channel_attention", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """Return the output [B, N, H, D] in q's dtype and the weights [B, H, D, E]."""
-    return _implementation(backend).forward(q, k, v, scale)
+    return implementation("channel", backend).forward(q, k, v, scale)
 
 
 @forward.register_fake
@@ -30,12 +27,12 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    return _implementation(backend).backward(grad_out, q, k, v, weights, scale)
+    return implementation("channel", backend).backward(grad_out, q, k, v, weights, scale)
 
 
 @backward.register_fake
 def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return tuple(empty(q, k, v))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -49,8 +46,3 @@ def _backward(ctx: Any, grad_out: Tensor, grad_weights: Tensor | None) -> tuple[
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(backend: str) -> Any:
-    # Triton is imported by the first call that runs it, never with the package.
-    return import_module(f"zoo.kernels.channel.{backend}")

@@ -1,22 +1,19 @@
-"""The gated residual as one opaque operator: what torch.compile, export and autograd see of a backend.
-
-The backend was chosen by the caller and goes along as a name, so that the backward pass and recomputation
-take the same.
-"""
+"""The gated residual as one opaque operator."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.kernels.operators import empty, implementation
+
 
 @torch.library.custom_op("zoo::gated_residual", mutates_args=())
 def forward(x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
     """Return the output [B, N, C] in x's dtype."""
-    return _implementation(backend).forward(x, y, gate)
+    return implementation("gated_residual", backend).forward(x, y, gate)
 
 
 @forward.register_fake
@@ -27,12 +24,12 @@ def _(x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
 @torch.library.custom_op("zoo::gated_residual_backward", mutates_args=())
 def backward(grad: Tensor, y: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Return the gradients of y and gate; that of x is the result's own."""
-    return _implementation(backend).backward(grad, y, gate)
+    return implementation("gated_residual", backend).backward(grad, y, gate)
 
 
 @backward.register_fake
 def _(grad: Tensor, y: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), gate.new_empty(gate.shape)
+    return tuple(empty(y, gate))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -45,8 +42,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(backend: str) -> Any:
-    # Triton is imported by the first call that runs it, never with the package.
-    return import_module(f"zoo.kernels.gated_residual.{backend}")

@@ -1,16 +1,13 @@
-"""The modulated norm as one opaque operator: what torch.compile, export and autograd see of a backend.
-
-The backend was chosen by the caller and goes along as a name, so that the backward pass and recomputation
-take the same.
-"""
+"""The modulated norm as one opaque operator."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from zoo.kernels.operators import empty, implementation
 
 
 @torch.library.custom_op("zoo::modulated_norm", mutates_args=())
@@ -18,7 +15,7 @@ def forward(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, centered: bool, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Return the output [B, N, C] in `dtype`."""
-    return _implementation(backend).forward(x, scale, shift, eps, centered, dtype)
+    return implementation("modulated_norm", backend).forward(x, scale, shift, eps, centered, dtype)
 
 
 @forward.register_fake
@@ -33,12 +30,12 @@ def backward(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, centered: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, scale and shift."""
-    return _implementation(backend).backward(grad, x, scale, shift, eps, centered)
+    return implementation("modulated_norm", backend).backward(grad, x, scale, shift, eps, centered)
 
 
 @backward.register_fake
 def _(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), shift.new_empty(shift.shape)
+    return tuple(empty(x, scale, shift))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -52,8 +49,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(backend: str) -> Any:
-    # Triton is imported by the first call that runs it, never with the package.
-    return import_module(f"zoo.kernels.modulated_norm.{backend}")

@@ -1,16 +1,13 @@
-"""Norm and rotary positions as one opaque operator: what torch.compile, export and autograd see of a backend.
-
-The backend was chosen by the caller and goes along as a name, so that the backward pass and recomputation
-take the same.
-"""
+"""Norm and rotary positions as one opaque operator."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from zoo.kernels.operators import empty, implementation
 
 
 @torch.library.custom_op("zoo::rotary_norm", mutates_args=())
@@ -24,7 +21,7 @@ def forward(
     backend: str,
 ) -> Tensor:
     """Return the output [B, N, H, D] in `dtype`."""
-    return _implementation(backend).forward(x, weight, cos, sin, eps, dtype)
+    return implementation("rotary_norm", backend).forward(x, weight, cos, sin, eps, dtype)
 
 
 @forward.register_fake
@@ -51,12 +48,12 @@ def backward(
     backend: str,
 ) -> list[Tensor]:
     """Return the gradient of x and, where there is a weight, its gradient."""
-    return _implementation(backend).backward(grad, x, weight, cos, sin, eps)
+    return implementation("rotary_norm", backend).backward(grad, x, weight, cos, sin, eps)
 
 
 @backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> list[Tensor]:
-    return [part.new_empty(part.shape) for part in (x, weight) if part is not None]
+    return empty(x, weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -70,8 +67,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(backend: str) -> Any:
-    # Triton is imported by the first call that runs it, never with the package.
-    return import_module(f"zoo.kernels.rotary_norm.{backend}")

@@ -1,16 +1,11 @@
-"""Window attention as one opaque operator: what torch.compile, export and autograd see of a backend.
-
-The backend was chosen by the caller and goes along as a name, so that the backward pass and recomputation
-take the same.
-"""
+"""Window attention as one opaque operator."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from zoo.kernels.operators import bias_wanted, implementation, register_attention
 
 
 @torch.library.custom_op("zoo::window_attention", mutates_args=())
@@ -25,13 +20,7 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, Y, X, H, Dv] in q's dtype and the natural-log LSE [B, Y, X, H]."""
-    return _implementation(backend).forward(q, k, v, bias, tuple(window_size), tuple(shift), scale)
-
-
-@forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=dtype)
+    return implementation("window", backend).forward(q, k, v, bias, tuple(window_size), tuple(shift), scale)
 
 
 @torch.library.custom_op("zoo::window_attention_backward", mutates_args=())
@@ -51,41 +40,9 @@ def backward(
     bias_grad: bool,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v and, with `bias_grad`, of the bias."""
-    return _implementation(backend).backward(
+    return implementation("window", backend).backward(
         grad_out, grad_lse, q, k, v, bias, out, lse, tuple(window_size), tuple(shift), scale, bias_grad
     )
 
 
-@backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    wanted = (q, k, v, bias) if rest[-1] else (q, k, v)
-    return [x.new_empty(x.shape) for x in wanted]
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.rest = inputs[4:]
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved, bias_grad = ctx.saved_tensors, ctx.needs_input_grad[3]
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[4])
-    grads = backward(grad_out, grad_lse, *saved, *ctx.rest, bias_grad)
-    return (*grads[:3], grads[3] if bias_grad else None, *(None,) * 4)
-
-
-forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(backend: str) -> Any:
-    # Triton is imported by the first call that runs it, never with the package.
-    return import_module(f"zoo.kernels.window.{backend}")
+register_attention(forward, backward, 4, bias_wanted)
