@@ -235,8 +235,8 @@ def _from_timm(name: str, pretrained: bool, path: str | None, arguments: dict[st
         if not pretrained:
             raise
         raise ResourceError(
-            f"timm's weights of {name} cannot be fetched ({' '.join(str(error).split())[:160]}); download "
-            "them and give model.checkpoint=FILE"
+            f"timm's weights of {name} cannot be fetched ({' '.join(str(error).split())[:160]}); fetch them "
+            "where there is a network, they are kept, or give a recipe model.checkpoint=FILE"
         ) from None
     if path is not None:
         load_checkpoint(model, path)
@@ -279,6 +279,8 @@ def result_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
 def load_trained(source: str | Path) -> Trained:
     """Return the network of a run folder, a model.safetensors or .ckpt of one, or a model name with weights.
 
+    The name may be one of timm's own: timm/resnet50.a1_in1k.
+
     Raises ConfigError for a name or path that is none of these, IntegrityError for a file that does not fit.
     """
     path = Path(source)
@@ -294,6 +296,8 @@ def load_trained(source: str | Path) -> Trained:
         return _from_checkpoint(path, str(source))
     if path.exists():
         raise ConfigError(f"{path} is neither a run folder nor a .safetensors or .ckpt file of one")
+    if str(source).startswith(TIMM):
+        return _from_name(str(source))
     if path.suffix in (".ckpt", ".safetensors", ".pth", ".pt") or len(path.parts) > 1:
         raise ConfigError(
             f"no run folder or file {source}; give a run folder, or a model name from `zoo list`"
@@ -365,6 +369,16 @@ def _assemble(
 
 
 def _from_name(name: str) -> Trained:
+    if name.startswith(TIMM):
+        from timm import list_pretrained
+
+        tagged = [f"{TIMM}{each}" for each in list_pretrained()]
+        known = dict.fromkeys([*tagged, *(each.partition(".")[0] for each in tagged)])
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f"timm has no weights of {name}{near or '; see timm.list_pretrained()'}")
+        return _published(_from_timm(name.removeprefix(TIMM), True, None, {}), name)
+
     from zoo import create_model, list_models
     from zoo.weights.loader import read_pretrained
     from zoo.weights.manifest import entries_of
@@ -384,10 +398,13 @@ def _from_name(name: str) -> Trained:
     if any(entry.packaged for entry in entries_of(name)[:1]):  # a file of a recipe of ours, which says it all
         state, path = read_pretrained(name)
         return _from_safetensors(Path(path), name, state)
-    model = create_model(name, pretrained=True).eval()
+    return _published(create_model(name, pretrained=True), name)
+
+
+def _published(model: nn.Module, name: str) -> Trained:
     classes, folders = _class_names(model.num_classes)
     return Trained(
-        model=model,
+        model=model.eval(),
         name=name,
         classes=classes,
         settings=InputSettings.of(model),

@@ -7,12 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from zoo.errors import ConfigError, DataError, IntegrityError
+from zoo.errors import ConfigError, DataError, IntegrityError, ResourceError
 from zoo.recipes import api
+from zoo.recipes.judging import Judge, distances
 from zoo.recipes.run_folder import load_trained
 
 
@@ -119,6 +121,7 @@ def test_no_images_are_an_error(finished):
         ("missing.ckpt", "no run folder or file"),
         (".", "holds no trained model"),
         ("notes.txt", "neither a run folder nor"),
+        ("timm/resnet10t.c3_in2k", "timm has no weights of .*did you mean timm/resnet10t.c3_in1k"),
     ],
 )
 def test_what_is_no_source_is_named(tmp_path, monkeypatch, source, words):
@@ -126,6 +129,44 @@ def test_what_is_no_source_is_named(tmp_path, monkeypatch, source, words):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ConfigError, match=words):
         load_trained(source)
+
+
+@pytest.fixture
+def fetched(tmp_path, monkeypatch):
+    """A model of timm's own whose file lies in the hub's cache, as after a first use."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repo = tmp_path / "hub" / "models--timm--test_resnet.r160_in1k"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").eval()
+    save_file(model.state_dict(), repo / "snapshots" / ("0" * 40) / "model.safetensors")
+    return model
+
+
+def test_published_models_of_timm_are_used_by_name(fetched):
+    trained = load_trained("timm/test_resnet.r160_in1k")
+    assert trained.settings.size == (3, 160, 160) and trained.classes[0] == "tench"
+    x = torch.randn(2, 3, 160, 160)
+    assert torch.equal(trained.model(x), fetched(x))
+
+
+def test_images_are_compared_by_the_features_of_any_model_of_timm(fetched):
+    images = [Image.fromarray(np.full((16, 16, 3), 20 * shade, np.uint8)) for shade in range(12)]
+    features = Judge("timm/test_resnet.r160_in1k").features(images)
+    assert features.shape == (12, fetched.num_features)
+    same, other = distances(features, features), distances(features[:6], features[6:])
+    assert same["fid"] < 1e-3 < other["fid"] and same["kid"] < other["kid"]
+
+
+def test_weights_of_timm_that_cannot_be_fetched_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ResourceError, match="timm's weights of test_resnet.r160_in1k cannot be fetched") as e:
+        load_trained("timm/test_resnet.r160_in1k")
+    assert "\n" not in str(e.value)
 
 
 def changed(finished, tmp_path, **facts: str | None):

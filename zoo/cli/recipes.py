@@ -15,7 +15,9 @@ recipes = typer.Typer(help="List, show, copy and check training recipes.", no_ar
 
 Source = Annotated[
     str,
-    typer.Argument(help="A run folder, a model.safetensors or .ckpt of one, or a model name with weights."),
+    typer.Argument(
+        help="A run folder, a model.safetensors or .ckpt of one, or a model name with weights, timm/NAME too."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to a file, or to - .")]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zoo.cli.recipes import Json, Source
+
 if TYPE_CHECKING:
     from zoo.recipes.runs import Run
 
 runs = typer.Typer(help="List training runs, and compare some of them.", no_args_is_help=True)
-
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to a file, or to - .")]
 
 
 @runs.command("list")
@@ -78,12 +78,7 @@ def compare(
 
 
 def export(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A run folder, a model.safetensors or .ckpt of one, or a model name with weights."
-        ),
-    ],
+    source: Source,
     format: Annotated[str, typer.Option(help="torch-export, onnx, safetensors or timm.")],
     output: Annotated[
         Path | None, typer.Option(help="The file, or the folder of timm; beside the run's files by default.")
