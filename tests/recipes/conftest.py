@@ -66,3 +66,25 @@ def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("runs") / "finished"
     api.train(api.recipe(recipe_file), run_dir=folder)
     return folder
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Do something in the forward pass of a step, or in the validation after an epoch."""
+
+    def install(step: int, action, *, validating: bool = False) -> None:
+        from zoo.recipes.training import Training
+
+        name = "validation_step" if validating else "training_step"
+        original = getattr(Training, name)
+
+        def hooked(self, batch, batch_idx):
+            where = self.current_epoch + 1 if validating else self.trainer.global_step + 1
+            if where == step:
+                monkeypatch.setattr(Training, name, original)
+                action()
+            return original(self, batch, batch_idx)
+
+        monkeypatch.setattr(Training, name, hooked)
+
+    return install

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stops import Killed, interrupt, kill, terminate
 from timm.scheduler import CosineLRScheduler
 
 from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
@@ -38,42 +38,6 @@ def assert_same(one: Path, other: Path) -> None:
     (metrics, weights), (other_metrics, other_weights) = outcome(one), outcome(other)
     assert other_metrics == metrics
     assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it, nothing is saved."""
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """Do something in the forward pass of a step, or in the validation after an epoch."""
-
-    def install(step: int, action, *, validating: bool = False) -> None:
-        name = "validation_step" if validating else "training_step"
-        original = getattr(Training, name)
-
-        def hooked(self, batch, batch_idx):
-            where = self.current_epoch + 1 if validating else self.trainer.global_step + 1
-            if where == step:
-                monkeypatch.setattr(Training, name, original)
-                action()
-            return original(self, batch, batch_idx)
-
-        monkeypatch.setattr(Training, name, hooked)
-
-    return install
-
-
-def kill() -> None:
-    raise Killed
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 # ---- what a run leaves

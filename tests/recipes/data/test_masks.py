@@ -8,7 +8,7 @@ import torch
 from PIL import ExifTags, Image
 
 from zoo.errors import ConfigError, DataError
-from zoo.recipes.data import masks
+from zoo.recipes.data import digit_scenes, masks
 from zoo.recipes.data.digit_scenes import CLASSES, DigitScenes, compose
 from zoo.recipes.data.joint import JointTraining, Views, fitting
 from zoo.recipes.data.masks import IGNORE, MaskedImages, class_values, folder_classes, read_mask
@@ -162,6 +162,18 @@ def test_scenes_are_the_same_for_ever_and_share_nothing_between_the_halves():
     seen = np.bincount(np.concatenate([held_out.target(i).ravel() for i in range(100)]), minlength=11)
     assert (seen > 0).all() and 0.7 < seen[0] / seen.sum() < 0.85
     assert all(2 <= len(np.unique(held_out.target(i))) <= 3 for i in range(100))
+
+
+def test_digits_of_a_scene_do_not_cover_each_other(monkeypatch):
+    drawn = []
+    draw = digit_scenes._draw
+    monkeypatch.setattr(digit_scenes, "_draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    for index in range(20):
+        _, classes = compose.__wrapped__(index, train=True)
+        first, second = (ink for _, ink in drawn[-2:])
+        assert not (first * second).any()
+        assert ((classes > 0) == (first + second > digit_scenes.INK)).all()
+    assert len(drawn) > 40, "some had to be drawn again"
 
 
 # ---- image and mask change together

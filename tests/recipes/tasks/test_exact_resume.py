@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stops import Killed
 
 from zoo.recipes import api, pictures
 from zoo.recipes.training import Training
@@ -27,10 +28,6 @@ trainer: {log_every: 1, save_every: 2}
 TASKS = ("classification", "segmentation", "generation")
 # Before anything is saved, at a saved step, in the validation, between two saved steps, at the last step.
 POINTS = ("step 1", "step 2", "validation 1", "step 5", "step 6")
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it, nothing is saved."""
 
 
 @pytest.fixture(scope="session")

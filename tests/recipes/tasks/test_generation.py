@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import diffusers
@@ -14,6 +12,7 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from safetensors.torch import load_file
+from stops import Killed, kill, terminate
 
 import zoo
 from zoo.attention.swap import MECHANISMS
@@ -29,7 +28,6 @@ from zoo.recipes.noising import Noising
 from zoo.recipes.schema import Diffusion
 from zoo.recipes.tasks import generation
 from zoo.recipes.tasks.generation import Generation
-from zoo.recipes.training import Training
 
 OBJECTIVES = ("rectified_flow", "ddpm_epsilon", "ddpm_v")
 RECIPE = """
@@ -41,10 +39,6 @@ sampling: {steps: 2, count: 4, shown: 4, guidance: [2.0, 1.0], features: nat_dig
 optim: {epochs: 2, warmup_epochs: 1, ema: 0.9, clip_grad: 1.0}
 trainer: {log_every: 1, save_every: 2}
 """
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it, nothing is saved."""
 
 
 @pytest.fixture(scope="session")
@@ -77,37 +71,9 @@ def run(recipe_file, tmp_path, monkeypatch):
     return train
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """Do something in the forward pass of a step, or in the validation after an epoch."""
-
-    def install(step: int, action, *, validating: bool = False) -> None:
-        name = "validation_step" if validating else "training_step"
-        original = getattr(Training, name)
-
-        def hooked(self, batch, batch_idx):
-            where = self.current_epoch + 1 if validating else self.trainer.global_step + 1
-            if where == step:
-                monkeypatch.setattr(Training, name, original)
-                action()
-            return original(self, batch, batch_idx)
-
-        monkeypatch.setattr(Training, name, hooked)
-
-    return install
-
-
 def slow(*values: object):
     """A case for the slow tests."""
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def kill() -> None:
-    raise Killed
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -12,6 +12,7 @@ import tiny_diffusion as tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from stops import Killed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -43,10 +44,6 @@ trainer: {log_every: 1, save_every: 1}
 """
 VIDEO = ["data.frames=5", "attention.method=radial", "attention.args={decay_factor: 0.2, block_size: 16}"]
 PKA = ["data.conditions=[spatial, subject]", "attention.method=pka", "attention.args={keywords: [[1]]}"]
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it, nothing is saved."""
 
 
 def tokenizer() -> Any:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from stops import Killed, kill, terminate
 from torch.nn import functional as F
 
 from zoo.cli import main
@@ -21,13 +20,8 @@ from zoo.recipes import api, pictures
 from zoo.recipes.data.masks import IGNORE
 from zoo.recipes.tasks import segmentation
 from zoo.recipes.tasks.segmentation import cross_entropy, dice_loss, iou, mean_iou
-from zoo.recipes.training import Training
 
 STEPS = 6
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it, nothing is saved."""
 
 
 @pytest.fixture
@@ -45,37 +39,9 @@ def run(masked_recipe, tmp_path, monkeypatch):
     return train
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """Do something in the forward pass of a step, or in the validation after an epoch."""
-
-    def install(step: int, action, *, validating: bool = False) -> None:
-        name = "validation_step" if validating else "training_step"
-        original = getattr(Training, name)
-
-        def hooked(self, batch, batch_idx):
-            where = self.current_epoch + 1 if validating else self.trainer.global_step + 1
-            if where == step:
-                monkeypatch.setattr(Training, name, original)
-                action()
-            return original(self, batch, batch_idx)
-
-        monkeypatch.setattr(Training, name, hooked)
-
-    return install
-
-
 def slow(*values: object):
     """A case for the slow tests."""
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def kill() -> None:
-    raise Killed
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def assert_same(one, other) -> None:
@@ -355,7 +321,7 @@ def test_colours_of_overlays_are_where_the_classes_are():
 
 @pytest.mark.slow
 def test_the_digit_scenes_are_learnt(tmp_path):
-    """After two of the recipe's seven epochs; what all of them reach is in the recipe."""
+    """After two of the recipe's four epochs; what all of them reach is in the recipe."""
     made = api.recipe("segmentation/digit_scenes", overrides=["optim.epochs=2"])
     result = api.train(made, run_dir=tmp_path / "scenes")
-    assert result.metrics["val_miou"] >= 0.68
+    assert result.metrics["val_miou"] >= 0.78
