@@ -23,7 +23,7 @@ zoo predict "$run" "$run/held_out" --top-k 3 --json "$run/predictions.json" --ex
 echo "== generating digits with the shipped diffusion transformer (train one: zoo train generation/digits)"
 zoo generate dit_digits --output "$run/generated"
 
-echo "== segmenting scenes of two digits, after two of the recipe's seven epochs"
+echo "== segmenting scenes of two digits, after two of the recipe's four epochs"
 OMP_NUM_THREADS=2 zoo train segmentation/digit_scenes --run-dir "$run-scenes" optim.epochs=2
 
 echo "== done; everything is in $run and $run-scenes"

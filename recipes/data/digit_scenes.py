@@ -61,16 +61,27 @@ def compose(index: int, *, train: bool) -> tuple[np.ndarray, np.ndarray]:
     left = random.randint(ground.shape[1] - SIDE + 1)
     scene = ground[top : top + SIDE, left : left + SIDE] * random.uniform(0.35, 0.7)
     classes = np.zeros((SIDE, SIDE), dtype=np.int16)
-    for quadrant in random.permutation(4)[:2]:
-        number = random.randint(len(labels))
-        side = random.randint(DIGIT[0], DIGIT[1] + 1)
-        small = Image.fromarray(images[number]).resize((side, side), Image.Resampling.BICUBIC)
-        ink = np.asarray(small, dtype=np.float64) / 255
-        y, x = (_place(half, side, random) for half in divmod(quadrant, 2))
-        area = np.s_[y : y + side, x : x + side]
-        scene[area] += ink * (255 * random.uniform(0.85, 1.0) - scene[area])
-        classes[area][ink > INK] = 1 + labels[number]
+    quadrants = random.permutation(4)[:2]
+    while True:
+        drawn = [_draw(quadrant, images, random) for quadrant in quadrants]
+        # Drawn again until no ink lies on the other digit's: a mixture of two has no right class.
+        if not (drawn[0][1] * drawn[1][1]).any():
+            break
+    for number, ink in drawn:
+        scene += ink * (255 * random.uniform(0.85, 1.0) - scene)
+        classes[ink > INK] = 1 + labels[number]
     return np.round(scene).clip(0, 255).astype(np.uint8), classes
+
+
+def _draw(quadrant: int, images: np.ndarray, random: np.random.RandomState) -> tuple[int, np.ndarray]:
+    """Return the number of one of the digits and its ink, 0 to 1 [48, 48], in one quarter of a scene."""
+    number = random.randint(len(images))
+    side = random.randint(DIGIT[0], DIGIT[1] + 1)
+    y, x = (_place(half, side, random) for half in divmod(quadrant, 2))
+    small = Image.fromarray(images[number]).resize((side, side), Image.Resampling.BICUBIC)
+    ink = np.zeros((SIDE, SIDE))
+    ink[y : y + side, x : x + side] = np.asarray(small, dtype=np.float64) / 255
+    return number, ink
 
 
 def _place(half: int, side: int, random: np.random.RandomState) -> int:
