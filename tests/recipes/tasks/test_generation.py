@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from safetensors.torch import load_file
 from stops import Killed, kill, terminate
+from torchvision import transforms
 
 import zoo
 from zoo.attention.swap import MECHANISMS
@@ -575,6 +576,20 @@ def test_latents_are_computed_once_and_trained_on(run, vae_folder, tmp_path, mon
     pipe = ImagePipeline.from_pretrained(tmp_path / "first" / "diffusers")
     assert isinstance(pipe.vae, diffusers.AutoencoderKL)
     assert pipe(class_labels=[0], num_inference_steps=2).images[0].size == (16, 16)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGB", 1)])
+def test_pixels_are_scaled_as_torchvision_scales_them(mode, channels):
+    values = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(values).convert(mode)
+    settings = generation.pixel_settings((channels, 16, 16))
+    ours = generation.pixel_transform(settings)
+    mean, std = settings.mean[:channels], settings.std[:channels]
+    theirs = transforms.Compose(
+        [*ours.transforms[:-1], transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
+    found = ours(image)
+    assert found.is_contiguous() and torch.equal(found, theirs(image))
 
 
 def test_latents_are_those_of_the_vae(image_folder, vae_folder, tmp_path):
