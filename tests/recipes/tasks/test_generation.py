@@ -588,6 +588,7 @@ def test_pixels_are_scaled_as_torchvision_scales_them(mode, channels):
     theirs = transforms.Compose(
         [*ours.transforms[:-1], transforms.ToTensor(), transforms.Normalize(mean, std)]
     )
+    assert repr(ours) == repr(generation.pixel_transform(settings)), "cached latents are found by it"
     found = ours(image)
     assert found.is_contiguous() and torch.equal(found, theirs(image))
 
