@@ -297,7 +297,7 @@ def load_trained(source: str | Path) -> Trained:
     if path.exists():
         raise ConfigError(f"{path} is neither a run folder nor a .safetensors or .ckpt file of one")
     if str(source).startswith(TIMM):
-        return _from_name(str(source))
+        return _from_timm_name(str(source))
     if path.suffix in (".ckpt", ".safetensors", ".pth", ".pt") or len(path.parts) > 1:
         raise ConfigError(
             f"no run folder or file {source}; give a run folder, or a model name from `zoo list`"
@@ -369,16 +369,6 @@ def _assemble(
 
 
 def _from_name(name: str) -> Trained:
-    if name.startswith(TIMM):
-        from timm import list_pretrained
-
-        tagged = [f"{TIMM}{each}" for each in list_pretrained()]
-        known = dict.fromkeys([*tagged, *(each.partition(".")[0] for each in tagged)])
-        if name not in known:
-            near = did_you_mean(name, known)
-            raise ConfigError(f"timm has no weights of {name}{near or '; see timm.list_pretrained()'}")
-        return _published(_from_timm(name.removeprefix(TIMM), True, None, {}), name)
-
     from zoo import create_model, list_models
     from zoo.weights.loader import read_pretrained
     from zoo.weights.manifest import entries_of
@@ -399,6 +389,17 @@ def _from_name(name: str) -> Trained:
         state, path = read_pretrained(name)
         return _from_safetensors(Path(path), name, state)
     return _published(create_model(name, pretrained=True), name)
+
+
+def _from_timm_name(name: str) -> Trained:
+    from timm import list_pretrained
+
+    tagged = [f"{TIMM}{each}" for each in list_pretrained()]
+    known = dict.fromkeys([*tagged, *(each.partition(".")[0] for each in tagged)])
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise ConfigError(f"timm has no weights of {name}{near or '; see timm.list_pretrained()'}")
+    return _published(_from_timm(name.removeprefix(TIMM), pretrained=True, path=None, arguments={}), name)
 
 
 def _published(model: nn.Module, name: str) -> Trained:

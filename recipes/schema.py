@@ -463,7 +463,7 @@ class Sampling:
     batch: int = number(100, low=1)
     seed: int = number(0, low=0, high=2**31 - 1)
     judge: str | None = None  # a classifier, as `zoo eval` takes it, that says which class an image shows
-    features: str | None = None  # for FID and KID: such a classifier, or timm/NAME; None: the judge
+    features: str | None = None  # whose features FID and KID compare, timm/NAME too; None: the judge
 
 
 @dataclass(kw_only=True)
