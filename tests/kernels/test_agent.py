@@ -185,17 +185,18 @@ def test_it_compiles_to_one_graph(learned):
     torch.testing.assert_close(compiled(q, k, v, agents), run(q, k, v, agents))
 
 
-def test_it_exports_with_any_batch():
+def test_it_exports_with_any_batch_and_length():
     class Module(torch.nn.Module):
         def forward(self, q, k, v, agents, bias_in):
             return ops.agent_attention(q, k, v, agents, bias_in=bias_in)
 
-    q, k, v, agents = inputs(10, dtype=torch.float32)
+    q, k, v, agents = inputs(10, 9, dtype=torch.float32)
     tensors = (q, k, v, agents, biases(q, k, agents)[0])
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Module(), tensors, dynamic_shapes=(batch,) * 4 + (None,))
-    one = [*(x[:1] for x in tensors[:4]), tensors[4]]
-    torch.testing.assert_close(program.module()(*one), Module()(*one))
+    batch, queries, keys = (torch.export.Dim(name) for name in ("batch", "queries", "keys"))
+    shapes = ({0: batch, 1: queries}, *[{0: batch, 1: keys}] * 2, {0: batch}, {2: keys})
+    program = torch.export.export(Module(), tensors, dynamic_shapes=shapes)
+    fewer = (q[:1, :7], k[:1, :6], v[:1, :6], agents[:1], tensors[4][:, :, :6])
+    torch.testing.assert_close(program.module()(*fewer), Module()(*fewer))
 
 
 def test_autocast_decides_the_dtype():

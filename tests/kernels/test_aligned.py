@@ -91,7 +91,13 @@ def test_it_compiles_exports_and_takes_strange_tensors():
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.aligned_attention(q, k, v, 1)
 
-    assert torch.equal(torch.export.export(Module(), (q, k, v)).module()(q, k, v), wanted)
+    # Any batch, and any map that holds a window of 3 x 3.
+    free = [torch.export.Dim(name, min=least) for name, least in (("batch", 1), ("rows", 3), ("columns", 3))]
+    shapes = (dict(enumerate(free)),) * 3
+    program = torch.export.export(Module(), (q, k, v), dynamic_shapes=shapes).module()
+    more = [torch.cat([x, x, x])[:, :, :3] for x in (q, k, v)]
+    for tensors in ((q, k, v), more):
+        assert torch.equal(program(*tensors), ops.aligned_attention(*tensors, 1))
     turned = (x.transpose(1, 2) for x in (q, k, v))
     torch.testing.assert_close(ops.aligned_attention(*turned, 1), wanted.transpose(1, 2))
     assert ops.aligned_attention(q[:0], k[:0], v[:0], 1).shape == (0, 3, 4, 2, 6)

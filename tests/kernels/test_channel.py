@@ -127,9 +127,9 @@ def test_autocast_compile_and_export():
 
     compiled = torch.compile(Model(), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs), expected)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(Model(), inputs, dynamic_shapes=({0: batch},) * 3)
-    more = tuple(torch.cat([x, x, x]) for x in inputs)
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    program = torch.export.export(Model(), inputs, dynamic_shapes=(free,) * 3)
+    more = arguments((8,), batch=6, dtype=torch.float32)
     torch.testing.assert_close(program.module()(*more), ops.channel_attention(*more))
 
 

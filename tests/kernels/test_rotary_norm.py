@@ -71,7 +71,7 @@ def test_half_precision_is_rounded_once(dtype):
         assert ((out.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
 
 
-def test_compile_and_export_with_any_batch():
+def test_compile_and_export_with_any_batch_and_length():
     torch._dynamo.reset()
     given = arguments((5,), dtype=torch.float32)
 
@@ -81,10 +81,10 @@ def test_compile_and_export_with_any_batch():
 
     compiled = torch.compile(Model(), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**given), Model()(**given))
-    program = torch.export.export(
-        Model(), tuple(given.values()), dynamic_shapes=({0: torch.export.Dim("batch")}, None, None, None)
-    )
-    more = {**given, "x": torch.randn(3, 5, 2, 6)}
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shapes = ({0: batch, 1: length}, None, {0: length}, {0: length})
+    program = torch.export.export(Model(), tuple(given.values()), dynamic_shapes=shapes)
+    more = arguments((8,), batch=3, dtype=torch.float32)
     torch.testing.assert_close(program.module()(*more.values()), Model()(**more))
 
 
