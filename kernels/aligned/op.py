@@ -137,6 +137,8 @@ def _arguments(call: Call) -> tuple:
 def _cpu_why_not(call: Call) -> str | None:
     if call.q.device.type != "cpu":
         return f"the tensors are on {call.q.device}"
+    if 0 in call.q.shape[1:-2]:
+        return "a grid without tokens"
     # It writes into tensors of its own, which vmap does not see through.
     return dispatch.why_not_opaque()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -95,6 +96,7 @@ def route(
         raise ValueError(f"topk must be between 1 and the {parts} regions, found {topk}")
     width = q.shape[3] * q.shape[4]
     scale = scale_or_default(scale, width)
+    q, k = same_kind(q=q, k=k)
     with without_autocast(q):
         q, k = (region_means(x, sizes).flatten(1, 2) for x in (q, k))  # [B, p, H, D]
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
@@ -110,8 +112,13 @@ def region_means(
 
     Shapes: x [B, Y, X, H, D]; `image` (rows, columns) leaves the padding beyond it out. Returns
         [B, rows of regions, columns of regions, H, D] in at least float32.
-    Raises: ValueError where the regions do not divide the map.
+    Raises: ValueError where the regions do not divide the map, and for a tensor that is no such map.
     """
+    if x.ndim != 5:
+        raise ValueError(f"x must be [B, Y, X, H, D], found shape {tuple(x.shape)}")
+    floating("x", x)
+    if image is not None and (not isinstance(image, Sequence) or len(image) != 2):
+        raise ValueError(f"image must be (rows, columns), found {image!r}")
     rows, columns = _regions(x, x, regions)
     means = to_regions(x, (rows, columns)).sum(dim=2, dtype=torch.promote_types(x.dtype, torch.float32))
     means = means.unflatten(1, (rows, columns))

@@ -48,7 +48,7 @@ def deformable_attention(
         if table is not None:
             relative = _relative_bias(table, points[some], positions)
             added = relative if added is None else relative + added
-        return _attend(q[:, :, some], k, v, added, scale, return_lse)
+        return _attend(q[:, :, some], k, v, added, scale, return_lse, may_hide=bias is not None)
 
     step = queries = q.shape[2]
     if not torch.compiler.is_compiling():  # a graph of a free batch cannot depend on its size
@@ -59,16 +59,24 @@ def deformable_attention(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, return_lse: bool, may_hide: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """[B, H, N, D] in, [B, H, N, D] and [B, H, N] out."""
-    if not return_lse and (bias is None or not bias.requires_grad):
+    """[B, H, N, D] in, [B, H, N, D] and [B, H, N] out; `may_hide`: the bias may hide every key."""
+    # What is mapped does not tell whether it wants a gradient, and SDPA has none for a bias.
+    mapped = torch._C._are_functorch_transforms_active()
+    if not return_lse and (bias is None or not (bias.requires_grad or mapped)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
     # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)
     logits = logits if bias is None else logits + bias
-    return logits.softmax(dim=-1) @ v.to(dtype), logits.logsumexp(dim=-1) if return_lse else None
+    if not may_hide:
+        return logits.softmax(dim=-1) @ v.to(dtype), logits.logsumexp(dim=-1) if return_lse else None
+    nothing = (logits == float("-inf")).all(dim=-1, keepdim=True)
+    logits = logits.masked_fill(nothing, 0.0)
+    out = (logits.softmax(dim=-1) @ v.to(dtype)).masked_fill(nothing, 0.0)
+    lse = logits.logsumexp(dim=-1, keepdim=True).masked_fill(nothing, float("-inf")).squeeze(-1)
+    return out, lse if return_lse else None
 
 
 def _relative_bias(table: Tensor, queries: Tensor, positions: Tensor) -> Tensor:

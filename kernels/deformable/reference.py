@@ -46,8 +46,11 @@ def deformable_attention(
     if bias is not None:
         logits = logits + bias.to(dtype)
 
-    lse = logits.logsumexp(dim=-1)
-    out = torch.einsum("bhqk,bkhd->bqhd", (logits - lse[..., None]).exp(), v)
+    nothing = (logits == float("-inf")).all(dim=-1, keepdim=True)  # a bias may hide every key
+    logits = logits.masked_fill(nothing, 0.0)
+    weights = logits.softmax(dim=-1).masked_fill(nothing, 0.0)
+    lse = logits.logsumexp(dim=-1, keepdim=True).masked_fill(nothing, float("-inf")).squeeze(-1)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
     return out.unflatten(1, grid), lse.transpose(1, 2).unflatten(1, grid)
 
 

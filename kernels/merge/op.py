@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zoo.kernels.checks import floating
+
 
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return what one softmax over all the keys would have given, from attention over disjoint parts of them.
@@ -19,11 +21,13 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
         widest of all. Differentiable in outputs and LSEs.
     Raises: ValueError for lists of different lengths and tensors that do not fit each other.
     """
-    if not outputs or len(outputs) != len(lses):
+    if len(outputs) == 0 or len(outputs) != len(lses):
         raise ValueError(
             f"outputs and lses must be as many, at least one, found {len(outputs)} and {len(lses)}"
         )
     for number, (out, lse) in enumerate(zip(outputs, lses, strict=True)):
+        floating(f"outputs[{number}]", out)
+        floating(f"lses[{number}]", lse)
         if out.shape != outputs[0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(
                 f"part {number} must have an output {tuple(outputs[0].shape)} and an LSE "
@@ -37,5 +41,7 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     # Filled where no part sees anything, so that no gradient is -inf minus -inf.
     total = every.masked_fill(~some, 0.0).logsumexp(dim=0)
     weights = (every - total).exp()
-    out = sum(weight[..., None] * part.to(dtype) for weight, part in zip(weights, outputs, strict=True))
+    unseen = (every == float("-inf"))[..., None]  # whatever stands in the output there, NaN too, is not read
+    parts = (part.to(dtype).masked_fill(none, 0.0) for part, none in zip(outputs, unseen, strict=True))
+    out = sum(weight[..., None] * part for weight, part in zip(weights, parts, strict=True))
     return out.to(outputs[0].dtype), total.masked_fill(~some, float("-inf"))

@@ -242,7 +242,9 @@ def _attend(
     batch, tiles = q.shape[0], plan.tiles
     q, k, v = _cut(q, plan.queries, tiles), _cut(k, keys, tiles), _cut(v, keys, tiles)  # [B * M, H, t, D]
     bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    if not (return_lse or bias.requires_grad or v.shape[-1] != k.shape[-1]):
+    # What is mapped does not tell whether it wants a gradient, and SDPA has none for a bias.
+    mapped = torch._C._are_functorch_transforms_active()
+    if not (return_lse or bias.requires_grad or mapped or v.shape[-1] != k.shape[-1]):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         return _join(out, plan.place, batch, tiles), None
     # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.

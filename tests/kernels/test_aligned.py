@@ -101,6 +101,7 @@ def test_it_compiles_exports_and_takes_strange_tensors():
     turned = (x.transpose(1, 2) for x in (q, k, v))
     torch.testing.assert_close(ops.aligned_attention(*turned, 1), wanted.transpose(1, 2))
     assert ops.aligned_attention(q[:0], k[:0], v[:0], 1).shape == (0, 3, 4, 2, 6)
+    assert ops.aligned_attention(q[:, :0], k[:, :0], v[:, :0], 1).shape == (2, 0, 4, 2, 6)
     expanded = ops.aligned_attention(q[:1].expand(2, -1, -1, -1, -1), k, v, 1)
     torch.testing.assert_close(expanded[0], ops.aligned_attention(q[:1], k[:1], v[:1], 1)[0])
     mapped = torch.func.vmap(lambda *x: ops.aligned_attention(*x, 1))(q[None], k[None], v[None])

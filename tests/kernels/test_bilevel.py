@@ -415,6 +415,18 @@ def test_topk_is_a_number_of_regions(topk):
         ops.route(q, k, (3, 2), topk)
 
 
+def test_means_and_routes_refuse_what_is_no_map_of_one_kind():
+    q, k, *_ = inputs()
+    with pytest.raises(ValueError, match="k must have q's dtype"):
+        ops.route(q, k.half(), (3, 2), 2)
+    with pytest.raises(ValueError, match="k must be on q's device"):
+        ops.route(q, k.to("meta"), (3, 2), 2)
+    with pytest.raises(ValueError, match=r"x must be \[B, Y, X, H, D\], found shape \(2, 6, 6, 8\)"):
+        ops.region_means(torch.randn(2, 6, 6, 8), 2)
+    with pytest.raises(ValueError, match=r"image must be \(rows, columns\), found 6"):
+        ops.region_means(torch.randn(2, 6, 6, 1, 8), 2, image=6)
+
+
 def test_it_explains_itself():
     q, k, v, routes, regions = inputs((56, 56), (7, 7), 4, dtype=torch.float32)
     told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)

@@ -322,3 +322,32 @@ def test_it_says_what_it_would_use():
     assert ops.explain("deformable_attention", q, k, v, positions, table).backend == "cpu"
     x = torch.randn(2, 3, 4, 6)
     assert ops.explain("deformable_sample", x, positions, backend="reference").backend == "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_query_from_which_a_bias_hides_every_key_gets_zero(backend, trained):
+    q, k, v, positions, table = inputs()
+    bias = torch.randn(12, 5, dtype=torch.float64)
+    bias[7] = float("-inf")
+    bias.requires_grad_(trained)
+    for more in ({}, {"positions": positions, "table": table}):
+        arguments = {"bias": bias, "backend": backend, **more}
+        out, lse = ops.deformable_attention(q, k, v, **arguments, return_lse=True)
+        torch.testing.assert_close(ops.deformable_attention(q, k, v, **arguments), out)
+        out, lse = out.flatten(1, 2), lse.flatten(1, 2)
+        assert (out[:, 7] == 0).all() and (lse[:, 7] == float("-inf")).all()
+        assert out.isfinite().all() and lse[:, :7].isfinite().all()
+        if trained:
+            (gradient,) = torch.autograd.grad(out.square().sum(), bias)
+            assert gradient.isfinite().all()
+
+
+def test_a_table_that_wants_a_gradient_can_be_mapped_over():
+    q, k, v, positions, table = (x.requires_grad_() for x in inputs())
+
+    def run(*tensors):
+        return ops.deformable_attention(*(x[None] for x in tensors), table=table)[0]
+
+    mapped = torch.func.vmap(lambda q, k, v, p: run(q, k, v, p))(q, k, v, positions)
+    torch.testing.assert_close(mapped, ops.deformable_attention(q, k, v, positions=positions, table=table))

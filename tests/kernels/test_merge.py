@@ -58,3 +58,18 @@ def test_parts_that_do_not_fit_are_refused():
         ops.merge_attentions([out, out], [lse])
     with pytest.raises(ValueError, match=r"part 1 must have .* found \(1, 2, 2, 4\) and \(1, 3, 2\)"):
         ops.merge_attentions([out, out[:, :2]], [lse, lse])
+
+
+def test_what_stands_in_an_output_that_saw_nothing_is_not_read():
+    out, lse = torch.randn(1, 3, 2, 4), torch.randn(1, 3, 2)
+    nothing = torch.full_like(out, float("nan")), torch.full_like(lse, float("-inf"))
+    joined, total = ops.merge_attentions(*zip((out, lse), nothing, strict=True))
+    torch.testing.assert_close(joined, out)
+    torch.testing.assert_close(total, lse)
+
+
+def test_parts_may_be_stacked_and_must_be_floating_numbers():
+    out, lse = torch.randn(2, 1, 3, 2, 4), torch.randn(2, 1, 3, 2)
+    torch.testing.assert_close(ops.merge_attentions(out, lse), ops.merge_attentions([*out], [*lse]))
+    with pytest.raises(ValueError, match=r"outputs\[0\] must be float64.* found torch.int32"):
+        ops.merge_attentions(out.int(), lse)
