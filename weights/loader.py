@@ -23,7 +23,9 @@ from zoo.weights.manifest import Weights, entries_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first
+# Averaged weights first.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning and timm
 MARGIN = 64 << 20  # bytes that tensors may claim beyond four times their file, for tied and expanded ones
 
 
@@ -182,7 +184,9 @@ def _unwrap(content: Any, name: str) -> dict[str, Tensor]:
         kind = f"keys {', '.join(map(str, list(content)[:5]))}" if values else type(content).__name__
         raise IntegrityError(f"{name} holds no state dict (found {kind}); looked under {', '.join(WRAPPERS)}")
     state = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
+    state.pop("n_averaged", None)  # what torch.optim.swa_utils.AveragedModel counts with
+    while True:  # one around the other, in any order
+        prefix = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            return state
+        state = {key[len(prefix) :]: value for key, value in state.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class ZooError(Exception):
@@ -40,3 +41,10 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `"; did you mean a or b?"` for the choices nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def at_least(least: int, **sizes: int) -> None:
+    """Raise ConfigError for the first of the named sizes that is no whole number from `least` on."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < least:
+            raise ConfigError(f"{name} must be a whole number from {least}, found {size!r}")

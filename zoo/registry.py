@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,12 @@ _BUILDER_ARGUMENTS = (
     "pretrained_cfg_overlay",
     "attention",
     "attention_kwargs",
+)
+
+
+_NO_WEIGHTS_FIT = (
+    "weights of {} do not fit another attention; build it without weights, "
+    "then zoo.load_checkpoint(model, path, strict=False) takes the layers that are the same"
 )
 
 
@@ -141,17 +148,18 @@ def create_model(
                 f"unknown argument {argument!r} of {name}; use {', '.join(sorted(allowed))}"
                 f"{did_you_mean(argument, allowed)}"
             )
+    if not isinstance(pretrained, bool | str):
+        raise ConfigError(f"pretrained must be True, False or the tag of a file, found {pretrained!r}")
     if pretrained and checkpoint_path is not None:
         raise ConfigError("give either pretrained or checkpoint_path, not both")
     # A generator's mechanisms share their parameters where they can; its file says whether it fits.
     is_timm = entry.timm_name is not None
     if is_timm and (pretrained or checkpoint_path is not None) and kwargs.get("attention"):
-        raise ConfigError(
-            f"weights of {name} do not fit another attention; build it without weights, "
-            "then zoo.load_checkpoint(model, path, strict=False) takes the layers that are the same"
-        )
+        raise ConfigError(_NO_WEIGHTS_FIT.format(name))
+    if pretrained:
+        _refuse_other_files(kwargs)
     if num_classes is not None:
-        if not isinstance(num_classes, int) or num_classes < 0:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
             raise ConfigError(f"num_classes must be 0 (no classifier) or more, found {num_classes!r}")
         kwargs["num_classes"] = num_classes
     _refuse_numbers(kwargs)
@@ -168,6 +176,8 @@ def create_model(
     if is_timm:
         import timm.models
 
+        if isinstance(pretrained, str):  # its images may be cropped in a way of their own
+            kwargs.setdefault("pretrained_cfg", pretrained)
         model = timm.models.model_entrypoint(entry.timm_name)(**kwargs)
     else:
         from zoo.diffusion.transformers import as_diffusers
@@ -369,11 +379,23 @@ def _classifier_of_other_classes(
 def _refuse_numbers(kwargs: Mapping[str, Any]) -> None:
     """Refuse what timm would take and compute nonsense with."""
     channels = kwargs.get("in_chans", 3)
-    if not isinstance(channels, int) or channels < 1:
+    if isinstance(channels, bool) or not isinstance(channels, Integral) or channels < 1:
         raise ConfigError(f"in_chans must be a whole number from 1, found {channels!r}")
     for key, rate in kwargs.items():
         if key.endswith("_rate") and not (isinstance(rate, int | float) and 0 <= rate < 1):
             raise ConfigError(f"{key} must be from 0 to below 1, found {rate!r}")
+
+
+def _refuse_other_files(kwargs: Mapping[str, Any]) -> None:
+    """Refuse weights that timm's configuration names beside `pretrained`: they would not be read."""
+    for argument in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        given = kwargs.get(argument)
+        for key in ("file", "url", "hf_hub_id", "state_dict"):
+            if isinstance(given, Mapping) and given.get(key):
+                raise ConfigError(
+                    f"{argument} names weights ({key}), which pretrained does not read; "
+                    "give checkpoint_path=FILE instead of pretrained"
+                )
 
 
 def _all() -> dict[str, Entry]:
@@ -409,7 +431,10 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
         from timm.models import build_model_with_cfg
 
         row = {f.name for f in fields(entry.config)} - set(inspect.signature(entry.model.__init__).parameters)
-        config = replaced(entry.config, {key: kwargs.pop(key) for key in row & kwargs.keys()})
+        own = {key: kwargs.pop(key) for key in row & kwargs.keys()}
+        if kwargs.get("img_size") is not None:  # timm's name of it
+            own.setdefault("input_size", _side(kwargs.pop("img_size")))
+        config = replaced(entry.config, own)
         kwargs.setdefault("num_classes", config.num_classes)
         if config.input_size != entry.config.input_size:  # then what timm says of the model follows
             side = config.input_size
@@ -418,15 +443,21 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
         attention, attention_kwargs = kwargs.pop("attention", None), kwargs.pop("attention_kwargs", None)
         if attention is None and attention_kwargs:
             raise ConfigError("attention_kwargs are the arguments of attention=, which is not given")
+        if attention is not None and pretrained:
+            raise ConfigError(_NO_WEIGHTS_FIT.format(entry.name))
+        if kwargs.get("feature_cls", "getter") != "getter":
+            raise ConfigError(
+                f"feature_cls must be 'getter', found {kwargs['feature_cls']!r}; "
+                "stages are no modules that a hook could watch"
+            )
         model = build_model_with_cfg(
             entry.model,
             entry.timm_name,
             pretrained,
             model_cfg=config,
             pretrained_filter_fn=entry.model.filter_checkpoint,
-            kwargs_filter=(
-                "img_size",
-            ),  # timm gives it to models of fixed size; ours read the row's input_size
+            # timm gives it to models of fixed size; ours read the row's input_size.
+            kwargs_filter=("img_size",),
             feature_cfg={"out_indices": entry.model.default_features(config), "feature_cls": "getter"},
             **kwargs,
         )
@@ -440,6 +471,17 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
     build.__module__ = entry.model.__module__
     build.__doc__ = f"{entry.name}: {entry.attention} attention, {entry.paper}."
     return build
+
+
+def _side(img_size: Any) -> int:
+    """The side of square images from timm's `img_size`, a number or two."""
+    sides = tuple(img_size) if isinstance(img_size, list | tuple) else (img_size,)
+    if len(set(sides)) != 1:
+        raise ConfigError(
+            f"img_size must be that of squares, found {img_size!r}; a model of any size takes rectangles as "
+            "they come"
+        )
+    return sides[0]
 
 
 def _timm_cfgs(entry: Entry, cfg: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -69,6 +70,45 @@ def test_a_name_that_timm_has_is_registered_beside_it(monkeypatch):
         _registry._clear_model_entries("zoo_resnet18")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": True}, "num_classes must be 0 .* found True"),
+        ({"in_chans": True}, "in_chans must be a whole number from 1, found True"),
+        ({"pretrained": 3}, "pretrained must be True, False or the tag of a file, found 3"),
+        (
+            {"pretrained": True, "pretrained_cfg_overlay": {"file": "own.pth"}},
+            r"pretrained_cfg_overlay names weights \(file\).*give checkpoint_path",
+        ),
+        ({"features_only": True, "feature_cls": "hook"}, "feature_cls must be 'getter', found 'hook'"),
+    ],
+)
+def test_what_timm_would_take_and_not_obey_is_refused(arguments, message):
+    with pytest.raises(zoo.ConfigError, match=message):
+        zoo.create_model("nat_digits", **arguments)
+
+
+def test_counts_may_come_from_numpy():
+    assert zoo.create_model("nat_digits", num_classes=np.int64(3)).num_classes == 3
+
+
+def test_timms_img_size_is_the_rows_input_size():
+    with torch.device("meta"):
+        assert timm.create_model("dat_tiny", img_size=256).default_cfg["input_size"] == (3, 256, 256)
+        assert timm.create_model("dat_tiny").default_cfg["input_size"] == (3, 224, 224)
+        with pytest.raises(zoo.ConfigError, match=r"img_size must be that of squares, found \(256, 320\)"):
+            timm.create_model("dat_tiny", img_size=(256, 320))
+
+
+def test_the_tag_of_the_weights_says_how_their_images_are_cropped(monkeypatch):
+    from zoo.weights import loader
+
+    state = zoo.create_model("davit_tiny").state_dict()
+    monkeypatch.setattr(loader, "read_pretrained", lambda name, tag: (state, "a file"))
+    assert zoo.create_model("davit_tiny", pretrained="in1k").pretrained_cfg["crop_pct"] == 0.9
+    assert zoo.create_model("davit_tiny", pretrained=True).pretrained_cfg["crop_pct"] == 0.95
+
+
 # Weights files ---------------------------------------------------------------------------------------------
 
 
@@ -91,9 +131,16 @@ def saved(path, content):
         lambda s: {"state_dict_ema": s, "state_dict": {k: v * 0 for k, v in s.items()}},
         lambda s: {"module." + k: v for k, v in s.items()},
         lambda s: {"state_dict": {"module." + k: v for k, v in s.items()}},
+        lambda s: {"_orig_mod.module." + k: v for k, v in s.items()},
+        lambda s: {"state_dict": {"model." + k: v for k, v in s.items()}},
+        lambda s: {"n_averaged": torch.tensor(3)} | {"module." + k: v for k, v in s.items()},
+        lambda s: {"model_state_dict": s},
         lambda s: {**s, "levels.0.blocks.0.attn.relative_position_index": torch.zeros(4, 4)},
     ],
-    ids=["bare", "model", "state_dict", "ema first", "DataParallel", "both", "derived buffer"],
+    ids=[
+        *("bare", "model", "state_dict", "ema first", "DataParallel", "both", "compiled DataParallel"),
+        *("Lightning", "AveragedModel", "model_state_dict", "derived buffer"),
+    ],
 )
 def test_files_load_whatever_their_wrapper(model, wrap, tmp_path):
     target = zoo.create_model("nat_digits")

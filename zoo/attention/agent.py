@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.attention.capture import AttentionRecord
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, at_least
 
 TABLE_SIZE = (7, 7)  # of the tables that are interpolated to any map
 
@@ -53,6 +53,8 @@ class AgentMixing(nn.Module):
         side = math.isqrt(max(agent_num, 0))
         if side < 1 or side * side != agent_num:
             raise ConfigError(f"agent_num must be a square such as 9, 16 or 49, found {agent_num}")
+        for cells in agent_shape or ():
+            at_least(1, agent_shape=cells)
         self.dim, self.num_heads = dim, num_heads
         self.agent_num = agent_num
         self.table_shape = (side, side)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.attention.capture import AttentionRecord
-from zoo.attention.layers import Convolution, Pointwise
-from zoo.errors import ConfigError
+from zoo.attention.layers import Pointwise, lepe
+from zoo.errors import ConfigError, at_least
 from zoo.kernels.bilevel.regions import to_map, to_regions
 
 POOLS = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
@@ -62,8 +62,7 @@ class BilevelRoutingAttention(nn.Module):
         qk_dim = dim if qk_dim is None else qk_dim
         if dim % num_heads or qk_dim % num_heads:
             raise ConfigError(f"dim {dim} and qk_dim {qk_dim} must be multiples of num_heads {num_heads}")
-        if n_win < 1 or topk < 1:
-            raise ConfigError(f"n_win and topk must be at least 1, found {n_win} and {topk}")
+        at_least(1, n_win=n_win, topk=topk)
         if (diff_routing or param_routing) and not soft_routing:
             raise ConfigError(
                 "diff_routing and param_routing need soft_routing: a hard choice carries no gradient"
@@ -78,9 +77,7 @@ class BilevelRoutingAttention(nn.Module):
         self.soft_routing, self.diff_routing = soft_routing, diff_routing
         self.kv_downsample_mode = kv_downsample_mode
         self.kv_per_win, self.kv_downsample_ratio = kv_per_win, kv_downsample_ratio
-        self.lepe = None
-        if side_dwconv:
-            self.lepe = Convolution(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **factory)
+        self.lepe = lepe(dim, side_dwconv, **factory) if side_dwconv else None
         self._add_projections(2 * qk_dim + dim, qkv_bias, **factory)
         self.router = nn.ModuleDict({"emb": nn.Linear(qk_dim, qk_dim, **factory)}) if param_routing else None
         self.proj_drop = nn.Dropout(proj_drop)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo import ops
 from zoo.attention.capture import AttentionRecord
 from zoo.attention.layers import ChannelNorm, Convolution, Pointwise
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, at_least
 from zoo.kernels.checks import without_autocast
 from zoo.kernels.deformable.reference import displacements, query_points
 
@@ -69,6 +69,7 @@ class DeformableAttention(nn.Module):
             groups = 1 if num_heads % 2 else num_heads // 2
         if groups < 1 or num_heads % groups:
             raise ConfigError(f"groups must divide the {num_heads} heads, found {groups}")
+        at_least(1, stride=stride, kernel_size=kernel_size)
         if version not in (1, 2):
             raise ConfigError(f"version must be 1 (DAT) or 2 (DAT++), found {version!r}")
         if position_bias not in POSITION_BIASES:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.attention.capture import AttentionRecord
-from zoo.attention.layers import Convolution, Pointwise
+from zoo.attention.layers import Pointwise, lepe
 from zoo.errors import ConfigError
 
 
@@ -46,9 +46,7 @@ class GlobalAttention(nn.Module):
         linear = Pointwise if pointwise else nn.Linear
         self.qkv = linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = linear(dim, dim, **factory)
-        self.lepe = None
-        if lepe_of is not None:
-            self.lepe = Convolution(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **factory)
+        self.lepe = None if lepe_of is None else lepe(dim, side_dwconv, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.attention.capture import AttentionRecord
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, at_least
 
 
 class NeighborhoodAttention(nn.Module):
@@ -17,7 +17,7 @@ class NeighborhoodAttention(nn.Module):
     Shapes: [B, Y, X, C] in and out. A map smaller than kernel_size * dilation is padded with zeros at the
     bottom and right before the projection, so padded tokens carry its bias and are attended, as the
     published models do. Units: `dilation` in tokens; "largest" takes the largest that fits the map, min(Y,
-    X) // kernel_size. Raises: ConfigError when num_heads does not divide dim.
+    X) // kernel_size. Raises: ConfigError when num_heads does not divide dim, and for a size that is none.
     Source: Hassani et al. 2023 (arXiv:2204.07143) Sec. 3; dilation: Hassani & Shi 2022 (arXiv:2209.15001).
     """
 
@@ -39,8 +39,9 @@ class NeighborhoodAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         if dim % num_heads:
             raise ConfigError(f"dim {dim} must be a multiple of num_heads {num_heads}")
-        if dilation != "largest" and (not isinstance(dilation, int) or dilation < 1):
-            raise ConfigError(f"dilation must be a positive number or 'largest', found {dilation!r}")
+        if dilation != "largest":
+            at_least(1, dilation=dilation)
+        at_least(2, kernel_size=kernel_size)
         self.dim, self.num_heads = dim, num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
@@ -85,7 +86,9 @@ class NeighborhoodAttention(nn.Module):
         grid = tuple(q.shape[1:3])
         keys = ops.neighborhood_indices(grid, self.kernel_size, dilation=dilation).to(q.device)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        logits = scale * torch.einsum("bnhd,bnkhd->bnhk", q.flatten(1, 2), k.flatten(1, 2)[:, keys])
+        with torch.autocast(x.device.type, enabled=False):
+            q, k = (each.float().flatten(1, 2) for each in (q, k))
+            logits = torch.einsum("bnhd,bnkhd->bnhk", scale * q, k[:, keys])
         if self.rpb is not None:
             query = torch.arange(len(keys), device=keys.device)[:, None]
             y, x_ = (
@@ -96,7 +99,7 @@ class NeighborhoodAttention(nn.Module):
                 )
             )
             logits = logits + self.rpb[:, y, x_].permute(1, 0, 2)
-        weights = logits.float().softmax(-1).unflatten(1, grid)
+        weights = logits.softmax(-1).unflatten(1, grid)
         axes = ("batch", "row", "column", "head", "key")
         return AttentionRecord(weights, axes, grid, tuple(x.shape[1:3]), keys)
 

@@ -114,6 +114,8 @@ def swap_attention(
         near = did_you_mean(str(attention), MECHANISMS)
         raise ConfigError(f"unknown attention {attention!r}; use {', '.join(MECHANISMS)}{near}")
     classes, choose = MECHANISMS[attention]
+    if not isinstance(attention_kwargs, Mapping | None):
+        raise ConfigError(f"attention_kwargs must be a dictionary of arguments, found {attention_kwargs!r}")
     given = dict(attention_kwargs or {})
     allowed = {name for kind in classes for name in _arguments(kind)}
     for name in given:
@@ -145,6 +147,7 @@ def swap_attention(
         new.apply(init_as_published)
         # Where a block and its attention are one module, the block says what is left of it without.
         owner.set_submodule(name, old.with_attention(new) if hasattr(old, "with_attention") else new)
+    model.as_published = False
 
 
 def _places(model: nn.Module, attention: str) -> Iterator[tuple[Place, nn.Module, str]]:
@@ -168,4 +171,6 @@ def _places(model: nn.Module, attention: str) -> Iterator[tuple[Place, nn.Module
 
 def _arguments(kind: type[nn.Module]) -> set[str]:
     """What a mechanism's module takes beside its place."""
-    return set(inspect.signature(kind.__init__).parameters) - {"self", "dim", "num_heads", "device", "dtype"}
+    # A map has no class token.
+    place = {"self", "dim", "num_heads", "class_token", "device", "dtype"}
+    return set(inspect.signature(kind.__init__).parameters) - place

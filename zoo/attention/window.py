@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.attention.capture import AttentionRecord
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, at_least
 
 
 class WindowAttention(nn.Module):
@@ -53,6 +53,8 @@ class WindowAttention(nn.Module):
             raise ConfigError(f"dim {dim} must be a multiple of num_heads {num_heads}")
         self.dim, self.num_heads = dim, num_heads
         self.window_size, self.shift = _pair(window_size), _pair(shift)
+        for side in self.window_size:
+            at_least(1, window_size=side)
         if any(not 0 <= s < w for s, w in zip(self.shift, self.window_size, strict=True)):
             raise ConfigError(f"shift must be from 0 to less than window_size {window_size}, found {shift}")
         self.clamp_window = clamp_window

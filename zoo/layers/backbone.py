@@ -9,7 +9,10 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.layers.checkpoint import checkpoint
+
+POOLS = ("avg", "max", "avgmax", "fast", "fastavg", "fastmax", "fastavgmax", "")  # as many channels as before
 
 
 class Backbone(nn.Module):
@@ -28,6 +31,7 @@ class Backbone(nn.Module):
     head_name = "head"
     downsample_first = False
     norm_after_pool = False
+    as_published = True  # False under another attention=
 
     @property
     def stages_(self) -> nn.ModuleList:
@@ -49,6 +53,8 @@ class Backbone(nn.Module):
 
     def make_pool(self, kind: str) -> nn.Module:
         """What turns the last token map into one vector, by timm's name of it; "" keeps the map."""
+        if kind not in POOLS:
+            raise ConfigError(f"global_pool must be avg, max, avgmax or '', found {kind!r}")
         return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind), input_fmt="NHWC")
 
     def add_head(
@@ -203,7 +209,8 @@ class Backbone(nn.Module):
         """Say to which layer each parameter belongs, for layer-wise learning rates."""
         stages = self.stage_list
         layers = [
-            (rf"^{stages}\.(\d+)\.downsample", (0,)),
+            # A step that ends its stage goes with the stage's last block, one that begins it with the first.
+            (rf"^{stages}\.(\d+)\.downsample", (0,) if self.downsample_first else (99999,)),
             (rf"^{stages}\.(\d+)\.blocks\.(\d+)", None),
             (r"^norm", (99999,)),
         ]

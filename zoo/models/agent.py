@@ -516,7 +516,7 @@ class AgentCSwin(NumberedStages):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Say to which layer each parameter belongs, for layer-wise learning rates."""
-        fine = [(r"^merge(\d+)", (0,)), (r"^stage(\d+)\.(\d+)", None), (r"^norm", (99999,))]
+        fine = [(r"^merge(\d+)", (99999,)), (r"^stage(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^stage1_conv_embed", "blocks": r"^(?:stage|merge)(\d+)" if coarse else fine}
 
 
@@ -684,7 +684,7 @@ class AgentDeiT(AgentBackbone):
     @staticmethod
     def default_features(cfg: AgentDeiTConfig) -> tuple[int, ...]:
         """The blocks that `features_only` returns: the last three."""
-        return tuple(range(cfg.depth - 3, cfg.depth))
+        return tuple(range(max(0, cfg.depth - 3), cfg.depth))
 
 
 def _positions(table: Tensor, grid: Sequence[int], mode: str) -> Tensor:

@@ -206,6 +206,8 @@ class DeformableBackbone(Backbone):
             )
         self.form = Form.of_row(cfg)
         self.input_size, self.least = cfg.input_size, _smallest_image(cfg)
+        # Where nothing is padded, an image must have a token in every stage.
+        self.least_of_body = 1 if cfg.convolutional else _reduction(cfg)
         self.patch_proj = self._stem(cfg, in_chans, **factory)
         rates = drop_path_rates(drop_path_rate, [len(letters) for letters in cfg.stages])
         self.stages = nn.ModuleList(
@@ -237,6 +239,21 @@ class DeformableBackbone(Backbone):
             drop_rate=drop_rate,
             **factory,
         )
+
+    def stem(self, x: Tensor) -> Tensor:
+        rows, columns = x.shape[-2:]
+        if self.as_published:
+            self.refuse_size(rows, columns)
+        elif rows < self.least_of_body or columns < self.least_of_body:
+            least = f"{self.least_of_body} x {self.least_of_body}"
+            raise ConfigError(
+                f"images must be at least {least} for a token in every stage, found {rows} x {columns}"
+            )
+        return self.patch_proj(x.permute(0, 2, 3, 1))
+
+    def refuse_size(self, rows: int, columns: int) -> None:
+        """Raise ConfigError for images that the published attention has no positions for."""
+        raise NotImplementedError
 
     @staticmethod
     def _stem(cfg: DATConfig, in_chans: int, **factory: object) -> nn.Sequential:
@@ -306,7 +323,7 @@ class DeformableBackbone(Backbone):
         ]
         return {
             "stem": r"^patch_proj",
-            "blocks": [(r"^down_projs\.(\d+)", (0,)), *blocks, (r"^cls_norm", (99999,))],
+            "blocks": [(r"^down_projs\.(\d+)", (99999,)), *blocks, (r"^cls_norm", (99999,))],
         }
 
     def no_weight_decay(self) -> set[str]:
@@ -335,7 +352,7 @@ class DeformableBackbone(Backbone):
     @staticmethod
     def default_cfg(cfg: DATConfig) -> dict[str, object]:
         """What timm wants to know of a row. Published evaluation does not keep the images' proportions."""
-        side = cfg.input_size // (4 * 2 ** (len(cfg.dims) - 1))
+        side = cfg.input_size // _reduction(cfg)
         names = {"first_conv": "patch_proj.0", "classifier": "cls_head"}
         return {"pool_size": (side, side), "crop_mode": "squash", **names}
 
@@ -354,15 +371,13 @@ class DAT(DeformableBackbone):
     version = 1
     letters = "DLS"
 
-    def stem(self, x: Tensor) -> Tensor:
-        rows, columns = x.shape[-2:]
+    def refuse_size(self, rows: int, columns: int) -> None:
         if (rows, columns) != (self.input_size, self.input_size):
             raise ConfigError(
                 f"this model has position tables for images of {self.input_size} x {self.input_size}, found "
                 f"{rows} x {columns}; zoo.create_model(..., input_size=...) builds it for another square and "
                 "loads the published tables resized"
             )
-        return self.patch_proj(x.permute(0, 2, 3, 1))
 
     @staticmethod
     def default_cfg(cfg: DATConfig) -> dict[str, object]:
@@ -378,14 +393,12 @@ class DATPlus(DeformableBackbone):
     version = 2
     letters = "DN"
 
-    def stem(self, x: Tensor) -> Tensor:
-        rows, columns = x.shape[-2:]
+    def refuse_size(self, rows: int, columns: int) -> None:
         if rows < self.least or columns < self.least:
             raise ConfigError(
                 f"images must be at least {self.least} x {self.least}, found {rows} x {columns}: "
                 "the last map would be a single token wide, where this model's positions are not defined"
             )
-        return self.patch_proj(x.permute(0, 2, 3, 1))
 
     @staticmethod
     def default_cfg(cfg: DATConfig) -> dict[str, object]:
@@ -395,8 +408,12 @@ class DATPlus(DeformableBackbone):
 
 def _smallest_image(cfg: DATConfig) -> int:
     """The side of an image whose last map is two tokens wide."""
-    reduction = 4 * 2 ** (len(cfg.dims) - 1)
-    return reduction + 1 if cfg.convolutional else 2 * reduction
+    return _reduction(cfg) + 1 if cfg.convolutional else 2 * _reduction(cfg)
+
+
+def _reduction(cfg: DATConfig) -> int:
+    """Pixels along a token of the last map."""
+    return 4 * 2 ** (len(cfg.dims) - 1)
 
 
 def _another_row(found: Form, wanted: Form) -> str:

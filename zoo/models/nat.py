@@ -326,7 +326,7 @@ class NATIsotropic(Backbone):
     @staticmethod
     def default_features(cfg: IsotropicConfig) -> tuple[int, ...]:
         """The blocks that `features_only` returns: the last three."""
-        return tuple(range(cfg.depth - 3, cfg.depth))
+        return tuple(range(max(0, cfg.depth - 3), cfg.depth))
 
 
 def _refuse_stages(cfg: NATConfig) -> None:

@@ -167,7 +167,7 @@ def test_queries_and_keys_may_have_a_width_of_their_own():
     ("arguments", "message"),
     [
         ({"num_heads": 3}, "dim 16 and qk_dim 16 must be multiples of num_heads 3"),
-        ({"topk": 0}, "n_win and topk must be at least 1, found 7 and 0"),
+        ({"topk": 0}, "topk must be a whole number from 1, found 0"),
         ({"param_routing": True}, "need soft_routing"),
         ({"kv_downsample_mode": "fracpool"}, "one of identity, .* found 'fracpool'"),
     ],

@@ -97,6 +97,43 @@ def test_bodies_without_a_small_row_keep_everything_but_their_attention(name):
     assert blocks == sum(type(module).__name__ == "GlobalAttention" for module in other.modules())
 
 
+@pytest.mark.parametrize(("name", "side"), [("dat_tiny", 48), ("dat_digits", 16)])
+def test_sizes_that_only_the_published_attention_refuses_run_under_another(name, side):
+    image = torch.randn(1, 3, side, side)
+    with pytest.raises(zoo.ConfigError, match=f"found {side} x {side}"):
+        build(name)(image)
+    assert build(name, attention="window")(image).isfinite().all()
+
+
+def test_an_image_that_ends_before_the_last_stage_is_refused():
+    with pytest.raises(zoo.ConfigError, match="images must be at least 32 x 32 .* found 31 x 40"):
+        build("dat_tiny", attention="window")(torch.randn(1, 3, 31, 40))
+
+
+def test_timm_loads_no_weights_under_another_attention():
+    with pytest.raises(zoo.ConfigError, match="do not fit another attention"):
+        timm.create_model("nat_digits", attention="window", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("attention", "arguments", "message"),
+    [
+        ("window", {"window_size": 0}, "window_size must be a whole number from 1, found 0"),
+        ("neighborhood", {"kernel_size": 1}, "kernel_size must be a whole number from 2, found 1"),
+        ("neighborhood", {"dilation": True}, "dilation must be a whole number from 1, found True"),
+        ("bilevel", {"side_dwconv": 4}, "side_dwconv must be odd, found 4"),
+        ("global", {"side_dwconv": 4}, "side_dwconv must be odd, found 4"),
+        ("agent", {"class_token": True}, "unknown argument 'class_token'"),
+        ("agent", {"agent_shape": (0, 3)}, "agent_shape must be a whole number from 1, found 0"),
+        ("deformable", {"stride": 0}, "stride must be a whole number from 1, found 0"),
+        ("window", "a", "attention_kwargs must be a dictionary"),
+    ],
+)
+def test_numbers_that_no_module_takes_are_told_when_it_is_built(attention, arguments, message):
+    with pytest.raises(zoo.ConfigError, match=message):
+        zoo.create_model("nat_digits", attention=attention, attention_kwargs=arguments)
+
+
 def test_a_list_holds_one_value_for_each_stage():
     model = build("nat_digits", attention="neighborhood", attention_kwargs={"kernel_size": [3, 5, 7]})
     assert [[block.attn.kernel_size for block in stage.blocks] for stage in model.stages_] == [

@@ -51,6 +51,33 @@ def test_layer_decay_sees_as_many_layers_as_there_are(name):
     assert len(scales) == blocks + 2, "the stem, every block, and the end"
 
 
+@pytest.mark.parametrize(
+    ("name", "step", "block"),
+    [
+        ("nat_tiny", "levels.2.downsample.reduction", "levels.2.blocks.17.mlp.fc2"),
+        ("agent_swin_tiny", "layers.2.downsample.reduction", "layers.2.blocks.5.mlp.fc2"),
+        ("agent_cswin_tiny", "merge3.conv", "stage3.17.mlp.fc2"),
+        ("dat_plus_tiny", "down_projs.2.0", "stages.2.mlps.17.linear2.0"),
+        ("davit_tiny", "stages.2.downsample.conv", "stages.2.blocks.0.0.mlp.fc2"),
+    ],
+)
+def test_a_step_between_stages_learns_as_fast_as_the_block_beside_it(name, step, block):
+    with torch.device("meta"):
+        model = zoo.create_model(name)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales[f"{step}.weight"] == scales[f"{block}.weight"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pools_that_are_not_its_own_are_refused(name):
+    with pytest.raises(zoo.ConfigError, match="global_pool must be .*avg.* found 'catavgmax'"):
+        zoo.create_model(name, global_pool="catavgmax")
+    with pytest.raises(zoo.ConfigError, match="global_pool must be .* found 'bogus'"):
+        build(name).reset_classifier(5, "bogus")
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 56), (45, 37), (17, 33), (4, 4)])
 def test_any_image_size_runs_forward_and_backward(name, height, width):

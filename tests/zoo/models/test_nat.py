@@ -8,6 +8,7 @@ from goldens import cases, golden
 from torch import nn
 
 import zoo
+from zoo.attention import NeighborhoodAttention
 from zoo.layers import count_macs
 
 # Published parameters and multiply-adds (in millions, in billions), measured on the published code.
@@ -185,3 +186,12 @@ def test_hugging_face_names_become_the_published_ones():
 def test_stages_that_do_not_fit_are_named(wrong, words):
     with pytest.raises(zoo.ConfigError, match=words):
         zoo.create_model("nat_digits", **wrong)
+
+
+def test_captured_weights_are_finite_where_half_precision_products_are_not():
+    attention = NeighborhoodAttention(32, 1, kernel_size=3).half()
+    with torch.no_grad():
+        attention.qkv.weight.copy_(torch.eye(32).repeat(3, 1) * 60)
+        attention.qkv.bias.zero_()
+        x = torch.randn(1, 6, 6, 32).sign().half()
+        assert attention.attention_weights(x).weights.isfinite().all()
