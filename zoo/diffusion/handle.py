@@ -410,7 +410,11 @@ class Handle:
         return self._step
 
     def reset(self) -> None:
-        """Start counting steps anew; needed only after a generation that was broken off."""
+        """Start counting steps anew.
+
+        Needed after a generation that was broken off, and before one that starts less noisy than the last
+        one ended, such as image to image of low strength after few steps: both look like going on.
+        """
         self._forget_generation()
         self._state.live.clear()
 
@@ -835,7 +839,8 @@ def select(layers: dict[str, nn.Module], dense_layers: int | Sequence[int | str]
     dense = set()
     for selector in [selectors] if isinstance(selectors, str) else selectors:
         if isinstance(selector, int):
-            hits = names[selector : selector + 1] if selector >= 0 else []
+            is_index = selector >= 0 and not isinstance(selector, bool)
+            hits = names[selector : selector + 1] if is_index else []
         else:
             path = str(selector).removesuffix(".processor")
             hits = [name for name in names if fnmatchcase(name, path) or name.startswith(path + ".")]

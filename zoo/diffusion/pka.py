@@ -251,7 +251,8 @@ def apply_group_mask(
     Conditions as in `apply_pka`; relations as in `group_attention`.
     """
     check_choice("relation", relation, RELATIONS[1:])
-    nothing = (None,) * list(conditions).count("subject")
+    subjects = list(conditions).count("subject") if isinstance(conditions, Sequence) else 0
+    nothing = (None,) * subjects
     return _apply(
         pipe_or_transformer, dense_steps, dense_layers,
         conditions=conditions, keywords=nothing, relation=relation,

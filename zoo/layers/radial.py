@@ -19,6 +19,7 @@ from zoo.errors import ConfigError, did_you_mean
 
 MODEL_TYPES = {"wan": True, "hunyuan": False}  # whether everything sees the first frame
 RULES = ("released", "printed")
+LARGEST_BLOCK = 1 << 16  # tokens; a mask is made token by token
 
 
 def radial_block_mask(
@@ -54,7 +55,7 @@ def radial_block_mask(
     sink = check_rule(
         num_frames=num_frames, tokens_per_frame=tokens_per_frame, text_tokens=text_tokens,
         block_size=block_size, decay_factor=decay_factor, decimation_threshold=decimation_threshold,
-        model_type=model_type, sink=sink, rule=rule,
+        model_type=model_type, sink=sink, keep_diagonal=keep_diagonal, rule=rule,
     )  # fmt: skip
     video = num_frames * tokens_per_frame
     blocks = -(-(video + text_tokens) // block_size)
@@ -173,6 +174,7 @@ def check_rule(
     decimation_threshold: float,
     model_type: str,
     sink: bool | None,
+    keep_diagonal: bool,
     rule: str,
 ) -> bool:
     """Return whether there is a sink, or raise ConfigError for settings that make no mask."""
@@ -184,6 +186,8 @@ def check_rule(
     ):
         if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < least:
             raise ConfigError(f"{name} must be a whole number >= {least}, found {value!r}")
+    if block_size > LARGEST_BLOCK:
+        raise ConfigError(f"block_size must be at most {LARGEST_BLOCK} tokens, found {block_size}")
     for name, value in (("decay_factor", decay_factor), ("decimation_threshold", decimation_threshold)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ConfigError(f"{name} must be a finite number above 0, found {value!r}")
@@ -192,6 +196,8 @@ def check_rule(
             raise ConfigError(
                 f"{name} must be one of {', '.join(names)}, found {value!r}{did_you_mean(str(value), names)}"
             )
+    if not isinstance(keep_diagonal, bool):
+        raise ConfigError(f"keep_diagonal must be True or False, found {keep_diagonal!r}")
     if sink not in (None, True, False):
         raise ConfigError(f"sink must be True, False or None, found {sink!r}")
     return MODEL_TYPES[model_type] if sink is None else bool(sink)

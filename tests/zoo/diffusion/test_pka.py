@@ -544,6 +544,12 @@ def test_a_handle_compares_with_dense_attention():
     assert "pka" in diffusion.supported(model)
 
 
+@pytest.mark.parametrize("conditions", [None, 3, "spatial"])
+def test_a_group_mask_wants_a_sequence_of_conditions(conditions):
+    with pytest.raises(ConfigError, match=f"conditions must be a sequence, .* found {conditions!r}"):
+        diffusion.apply_group_mask(build_flux(), "omini", conditions=conditions)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -279,6 +279,8 @@ def test_long_videos_keep_their_memory_linear():
         ({"tokens_per_frame": 1.5}, "tokens_per_frame .* found 1.5"),
         ({"text_tokens": -1}, "text_tokens .* found -1"),
         ({"block_size": True}, "block_size .* found True"),
+        ({"block_size": 10**9}, "block_size must be at most 65536 tokens, found 1000000000"),
+        ({"keep_diagonal": "no"}, "keep_diagonal must be True or False, found .no."),
         ({"decay_factor": 0.0}, "decay_factor .* found 0.0"),
         ({"decimation_threshold": float("nan")}, "decimation_threshold .* found nan"),
         ({"model_type": "wna"}, "'wna'; did you mean wan"),
