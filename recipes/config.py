@@ -171,7 +171,21 @@ def override(raw: dict[str, Any], text: str) -> None:
         raise ConfigError(f"override {text!r} has an empty part in its key")
     if key == "base":
         raise ConfigError("base= belongs into a recipe file, not on the command line")
-    put(raw, key, parse(f"value: {value}", f"override {text!r}").get("value"))
+    read = parse(f"value: {value}", f"override {text!r}").get("value")
+    # YAML takes 2024_01_05 for a number and "on" for true; where a text belongs, it is one.
+    plain = read is not None and not isinstance(read, dict | list)
+    if plain and _is_text(raw, key) and not value.lstrip().startswith(("'", '"')):
+        read = value.strip()
+    put(raw, key, read)
+
+
+def _is_text(raw: dict[str, Any], key: str) -> bool:
+    """Whether the schema has a text at this key."""
+    task = raw.get("task", "classification")
+    kind: Any = RECIPES.get(task) if isinstance(task, str) else None
+    for part in key.split("."):
+        kind = _hints(kind).get(part) if is_dataclass(kind) else None
+    return kind in (str, str | None)
 
 
 def _merge_plain(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from zoo.errors import ConfigError, DataError
-from zoo.recipes.data.images import image_files, read_image, to_rgb
+from zoo.recipes.data.images import image_files, read_image, reason_of, to_rgb
 from zoo.recipes.run_folder import Trained, choose_device, load_trained
 from zoo.recipes.tasks import task_of
 from zoo.recipes.tasks.base import Prediction
@@ -60,7 +60,7 @@ def predictions(
     for number, image in enumerate(_images(images)):
         names.append(str(image) if not isinstance(image, Image.Image) else f"image {number}")
         try:
-            waiting.append(to_rgb(image) if isinstance(image, Image.Image) else read_image(image))
+            waiting.append(_read(image, names[-1]))
         except DataError as error:
             if bad_images == "error":
                 raise
@@ -68,6 +68,18 @@ def predictions(
         if len(waiting) == batch_size:
             yield from flush()
     yield from flush()
+
+
+def _read(image: str | Image.Image, name: str) -> Image.Image:
+    """An image file, or an image that was opened, as upright 8-bit RGB. Raises DataError."""
+    if not isinstance(image, Image.Image):
+        return read_image(image)
+    try:
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
+        return to_rgb(ImageOps.exif_transpose(image))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{name} cannot be read as an image: {reason_of(error, name)}") from None
 
 
 def _images(images: Any) -> list[str | Image.Image]:

@@ -46,8 +46,8 @@ PACKAGES = (
 FROZEN = (
     "task", "seed", "model.name", "model.num_classes", "model.args", "model.freeze", "model.probe",
     "data.name", "data.batch_size", "data.balance",
-    "optim.name", "optim.ema", "optim.accumulate", "optim.layer_decay", "head", "diffusion", "data.vae",
-    "lora", "attention",
+    "optim.name", "optim.ema", "optim.ema_warmup", "optim.accumulate", "optim.layer_decay", "head",
+    "diffusion", "data.vae", "lora", "attention",
 )  # fmt: skip
 
 
@@ -430,6 +430,11 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"unknown device {device!r}; such as cpu, cuda or cuda:1") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; use cpu"
+        )
+    return chosen

@@ -219,6 +219,7 @@ class Optim:
     ema: float | None = number(
         None, low=0, high=0.999999
     )  # decay of the averaged weights, which are then the result
+    ema_warmup: bool = False  # a smaller decay at first, so that a short run forgets where it began
 
 
 @dataclass(kw_only=True)

@@ -38,8 +38,10 @@ class Training(pl.LightningModule):
         if recipe.trainer.strategy.startswith("fsdp"):
             # Which parameters decay is read off their shapes, and sharding flattens them: keep the names.
             self.groups = _named_groups(model, self._optimizer(model, recipe.optim.lr))
-        ema = recipe.optim.ema
-        self.ema = ModelEmaV3(model, decay=ema).requires_grad_(False) if ema is not None else None
+        ema, warmup = recipe.optim.ema, recipe.optim.ema_warmup
+        self.ema = None
+        if ema is not None:
+            self.ema = ModelEmaV3(model, decay=ema, use_warmup=warmup).requires_grad_(False)
         self.result: dict[str, float] = {}
         self.losses: list[Tensor] = []  # of the batches since the last step
         if recipe.trainer.channels_last:
@@ -115,7 +117,9 @@ class Training(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
-            self.ema.update(self.model)
+            # timm warms up by the number of the step, which a resumed run knows too.
+            step = self.trainer.global_step + 1 if self.recipe.optim.ema_warmup else None
+            self.ema.update(self.model, step=step)
         step = self.trainer.global_step + 1
         if step % self.recipe.trainer.log_every == 0:
             loss = torch.stack(self.losses).mean()  # of all processes: each had its part of the images

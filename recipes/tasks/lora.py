@@ -172,7 +172,8 @@ class Lora(base.Objective):
         x = told.pop("latents")
         t = self.noising.times(len(x), x.device)
         hidden = torch.rand(len(x), device=x.device) < self.recipe.diffusion.drop_condition
-        told["text"] = told["text"] * spread(~hidden, told["text"])
+        for name in {"text", "pooled"} & told.keys():  # the pooled state tells the prompt, too
+            told[name] = told[name] * spread(~hidden, told[name])
         error = self._error(model, x, torch.randn_like(x), t, told)
         return (error * self.noising.weight(t)).mean()
 

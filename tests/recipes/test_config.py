@@ -178,6 +178,16 @@ def test_yaml_values_come_through_with_their_types(good):
     assert made.name == "mine"
 
 
+@pytest.mark.parametrize("text", ["2024_01_05", "007", "on", "1e3", "a #b", "~x"])
+def test_a_text_is_what_was_typed(good, text):
+    assert recipe(good, [f"data.root={text}"]).data.root == text
+    assert recipe(good, [f"data.root='{text}'"]).data.root == text
+
+
+def test_a_text_that_may_be_missing_can_be_taken_away(good):
+    assert recipe(good, ["model.checkpoint=w.pth", "model.checkpoint=null"]).model.checkpoint is None
+
+
 # ---- files
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from zoo.errors import ConfigError, DataError, IntegrityError, ResourceError
@@ -90,6 +90,24 @@ def test_an_image_in_memory_is_predicted_like_its_file(finished, image_folder):
         assert api.predict(finished, image)[0].probabilities == api.predict(finished, file)[0].probabilities
 
 
+def test_an_image_in_memory_is_turned_upright_like_its_file(finished, image_folder, tmp_path):
+    with Image.open(image_folder / "val" / "light" / "01.png") as image:
+        turned = image.convert("RGB")
+    exif = turned.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        alone = api.predict(finished, image)[0]
+    assert alone.probabilities == api.predict(finished, tmp_path / "turned.png")[0].probabilities
+
+
+@pytest.mark.parametrize("image", [Image.new("F", (8, 8)), Image.new("RGB", (0, 5))], ids=["float", "empty"])
+def test_a_bad_image_in_memory_raises_or_is_reported(finished, image):
+    with pytest.raises(DataError, match="image 0 cannot be read as an image"):
+        api.predict(finished, image)
+    assert api.predict(finished, [image], bad_images="skip")[0].error is not None
+
+
 def test_a_bad_image_raises_or_is_reported(finished, image_folder, tmp_path):
     good, bad = image_folder / "val" / "dark" / "00.png", tmp_path / "bad.png"
     bad.write_bytes(b"no")
@@ -101,7 +119,11 @@ def test_a_bad_image_raises_or_is_reported(finished, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("top_k", 0), ("batch_size", 0), ("bad_images", "ignore"), ("device", "abacus")]
+    ("name", "value"),
+    [
+        *(("top_k", 0), ("batch_size", 0), ("bad_images", "ignore")),
+        *(("device", "abacus"), ("device", "cuda:99")),
+    ],
 )
 def test_wrong_arguments_are_named(finished, image_folder, name, value):
     with pytest.raises(ConfigError, match=name):

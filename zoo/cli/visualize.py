@@ -165,19 +165,24 @@ class Scene:
         shares, self.blocks = predictions(model, x)
         self.block = choose_block(self.blocks, block)
         self.one_block = block is not None
-        self.target = int(shares[0].argmax()) if target is None else target
-        known = 0 <= self.target < len(classes)
-        self.class_name = classes[self.target] if known else f"class {self.target}"
-        self.share = float(shares[0, self.target]) if 0 <= self.target < shares.shape[1] else float("nan")
+        self.says = ""  # a segmenter says nothing of the whole image
+        self.classifies = shares.ndim == 2
+        if self.classifies:
+            self.target = int(shares[0].argmax()) if target is None else target
+            known = 0 <= self.target < len(classes)
+            self.class_name = classes[self.target] if known else f"class {self.target}"
+            share = float(shares[0, self.target]) if 0 <= self.target < shares.shape[1] else float("nan")
+            self.says = f"; says {self.class_name} with {share:.0%}"
 
     def title(self, what: str) -> str:
         """One line above a picture."""
-        return f"{self.name}, {what}; says {self.class_name} with {self.share:.0%}"
+        return f"{self.name}, {what}{self.says}"
 
     def draw(self, kind: str) -> Figure:
         """The figure of one kind. Raises ZooError where the model does not allow it."""
         from zoo import analysis
         from zoo.analysis.tokens import GroupAttention
+        from zoo.errors import ConfigError
 
         image = self.x[0]
         if kind == "attention":
@@ -197,9 +202,11 @@ class Scene:
                 analysis.effective_receptive_field(self.model, self.x),
                 title=f"{self.name}: effective receptive field of the last stage's centre",
             )
+        if kind == "relevance" and not self.classifies:
+            raise ConfigError(f"relevance is for a class of the whole image, which {self.name} does not name")
         relevance = "guided relevance" if self.guided else "relevance"
         label = {"rollout": "share of the output", "relevance": relevance}[kind]
-        told = {"rollout": "rollout", "relevance": f"{relevance} for {self.class_name}"}[kind]
+        told = "rollout" if kind == "rollout" else f"{relevance} for {self.class_name}"
         name = f"{self.name}: {told}"
         return analysis.draw_heat(image, self.maps[kind]()[0], title=name, label=label)
 
@@ -220,6 +227,8 @@ class Scene:
         from zoo.errors import ZooError
 
         for name, function in self.maps.items():
+            if name == "relevance" and not self.classifies:
+                continue
             try:
                 yield name, function()[0]
             except ZooError:

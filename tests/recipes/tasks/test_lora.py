@@ -261,3 +261,18 @@ def test_too_few_frames_and_a_missing_caption_are_one_line(run, captioned, tmp_p
         (folder / split / "one.png").write_bytes((captioned[1] / "val" / "0.png").read_bytes())
     with pytest.raises(DataError, match=r"one.png needs one.txt beside it"):
         run("flux", "x", f"data.root={folder}")
+
+
+def test_a_hidden_prompt_is_hidden_from_both_of_its_states(monkeypatch):
+    told = {}
+
+    def predict(model, x, t, said, guidance):
+        told.update(said)
+        return x
+
+    made = api.recipe("lora/flux_pka", ["diffusion.drop_condition=0.999999"], allow_missing=True)
+    objective = lora.Lora(made)
+    objective.predict = predict
+    batch = {"latents": torch.randn(2, 4, 6, 6), "text": torch.ones(2, 3, 5), "pooled": torch.ones(2, 7)}
+    objective.loss(None, (batch,))
+    assert told["text"].sum() == 0 and told["pooled"].sum() == 0

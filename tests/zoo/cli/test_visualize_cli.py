@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from PIL import Image
 
+import zoo
 from zoo.analysis.page import page_data
 from zoo.cli import main
+from zoo.cli.visualize import Scene
+from zoo.heads import Segmenter
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -57,3 +61,13 @@ def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path):
 def test_a_missing_digit_is_a_mistake_in_the_data(capsys, tmp_path):
     status, _, err = run(capsys, "nat_digits", "digits:9999", "--output", str(tmp_path / "out"))
     assert status == 3 and "from 0 to 598" in err
+
+
+def test_a_segmenter_says_nothing_of_the_whole_image():
+    torch.manual_seed(0)
+    model = Segmenter(zoo.create_model("nat_digits"), 3, channels=8).eval()
+    scene = Scene(model, "mine", ["a", "b", "c"], torch.randn(1, 3, 32, 32), (0.5, 0.5), None, None, False)
+    assert scene.title("attention") == "mine, attention"
+    assert [name for name, _ in scene.layers()] == ["rollout"]
+    with pytest.raises(zoo.ConfigError, match="relevance is for a class of the whole image"):
+        scene.draw("relevance")
