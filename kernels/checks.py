@@ -62,6 +62,25 @@ def heads_last(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def on_one_grid(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless these are [B, *grid, Hq, D], [B, *grid, Hkv, D] and [B, *grid, Hkv, Dv]."""
+    if not 4 <= q.ndim <= 6:
+        raise ValueError(f"q must be [B, one to three grid axes, H, D], found shape {tuple(q.shape)}")
+    (*place, heads, width), kv_heads = q.shape, k.shape[-2] if k.ndim > 1 else 0
+    if k.ndim != q.ndim or [*k.shape[:-2]] != place or k.shape[-1] != width:
+        raise ValueError(f"k must have q's batch, grid and width {tuple(q.shape)}, found {tuple(k.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v must have k's batch, grid and heads {tuple(k.shape[:-1])}, found {tuple(v.shape)}"
+        )
+    if width == 0:
+        raise ValueError(f"q must have at least one channel per head, found shape {tuple(q.shape)}")
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"q's {heads} heads must be a multiple of k's {kv_heads} heads, and neither may be 0"
+        )
+
+
 def scale_or_default(scale: float | None, width: int) -> float:
     """Return the number that multiplies q.k, D**-0.5 where none is given."""
     if isinstance(scale, Tensor):

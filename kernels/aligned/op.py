@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch, tile
 from zoo.kernels.aligned import cpu, reference, schema
+from zoo.kernels.checks import on_one_grid, same_kind, scale_or_default, without_autocast
 
 OP = "aligned_attention"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,7 @@ def aligned_attention(
     """
     call = _check(q, k, v, radius, scale=scale, return_lse=return_lse)
     chosen, _ = dispatch.resolve(OP, backend, call)
-    # The call's dtypes are settled; autocast must not change them inside.
-    with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
+    with without_autocast(q):
         out, lse = chosen.run(call)
     out = out.to(call.q.dtype)
     return (out, lse) if return_lse else out
@@ -81,21 +78,10 @@ def _check(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Call:
-    if not 4 <= q.ndim <= 6:
-        raise ValueError(f"q must be [B, one to three grid axes, H, D], found shape {tuple(q.shape)}")
-    if k.ndim != q.ndim or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have q's batch, grid and width {tuple(q.shape)}, found {tuple(k.shape)}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(
-            f"v must have k's batch, grid and heads {tuple(k.shape[:-1])}, found {tuple(v.shape)}"
-        )
-    if q.shape[-1] == 0 or v.shape[-1] == 0:
-        raise ValueError(f"q and v must have channels, found {tuple(q.shape)} and {tuple(v.shape)}")
-    heads, kv_heads, axes = q.shape[-2], k.shape[-2], q.ndim - 3
-    if heads == 0 or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"q's {heads} heads must be a multiple of k's {kv_heads} heads, and neither may be 0"
-        )
+    on_one_grid(q, k, v)
+    if v.shape[-1] == 0:
+        raise ValueError(f"v must have channels, found shape {tuple(v.shape)}")
+    axes = q.ndim - 3
     reach = tuple(radius) if isinstance(radius, Sequence) else (radius,) * axes
     if len(reach) != axes or any(
         isinstance(n, bool) or not hasattr(n, "__index__") or index(n) < 0 for n in reach
@@ -106,25 +92,8 @@ def _check(
     # A key further away than the grid is long does not exist.
     reach = tuple(min(index(n), max(length - 1, 0)) for n, length in zip(reach, q.shape[1:-2], strict=True))
 
-    dtype = q.dtype
-    if _autocasts(q) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
-        if x.dtype != q.dtype and dtype == q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, found {x.dtype}")
-    if isinstance(scale, Tensor):
-        raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    return Call(q, k, v, reach, q.shape[-1] ** -0.5 if scale is None else float(scale))
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    scale = scale_or_default(scale, q.shape[-1])
+    return Call(*same_kind(q=q, k=k, v=v), reach, scale)
 
 
 # Backends ---------------------------------------------------------------------------------------------------

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch, tile
+from zoo.kernels.checks import floating, on_one_grid, same_kind, scale_or_default, without_autocast
 from zoo.kernels.neighborhood import cpu, reference, schema
 from zoo.kernels.neighborhood.geometry import Axis, keys_of
 
 OP = "neighborhood_attention"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 T = TypeVar("T", int, bool)
 PerAxis = T | Sequence[T]
@@ -76,8 +74,7 @@ def neighborhood_attention(
         extra_k=extra_k, extra_v=extra_v, return_lse=return_lse,
     )  # fmt: skip
     chosen, _ = dispatch.resolve(OP, backend, call)
-    # The call's dtypes are settled; autocast must not change them inside.
-    with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
+    with without_autocast(q):
         out, lse = chosen.run(call)
     out = out.to(call.q.dtype)
     return (out, lse) if return_lse else out
@@ -124,22 +121,8 @@ def _check(
     extra_v: Tensor | None = None,
     return_lse: bool = False,
 ) -> Call:
-    if not 4 <= q.ndim <= 6:
-        raise ValueError(f"q must be [B, one to three grid axes, H, D], found shape {tuple(q.shape)}")
-    grid, heads, width = q.shape[1:-2], q.shape[-2], q.shape[-1]
-    if k.ndim != q.ndim or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != width:
-        raise ValueError(f"k must have q's batch, grid and width {tuple(q.shape)}, found {tuple(k.shape)}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(
-            f"v must have k's batch, grid and heads {tuple(k.shape[:-1])}, found {tuple(v.shape)}"
-        )
-    if width == 0:
-        raise ValueError(f"q must have at least one channel per head, found shape {tuple(q.shape)}")
-    kv_heads = k.shape[-2]
-    if heads == 0 or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"q's {heads} heads must be a multiple of k's {kv_heads} heads, and neither may be 0"
-        )
+    on_one_grid(q, k, v)
+    grid, heads, width, kv_heads = q.shape[1:-2], q.shape[-2], q.shape[-1], k.shape[-2]
     axes = _axes(tuple(grid), kernel_size, dilation, stride, is_causal)
 
     if (extra_k is None) != (extra_v is None):
@@ -158,30 +141,12 @@ def _check(
                 f"rpb must be [Hq, 2 * kernel_size - 1 per axis] = {table}, found {tuple(rpb.shape)}"
             )
 
-    tensors = {"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v}
-    tensors = {name: x for name, x in tensors.items() if x is not None}
-    dtype = q.dtype
-    if _autocasts(q) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-    for name, x in [*tensors.items(), ("rpb", rpb)]:
-        if x is None:
-            continue
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
-        if x.dtype != q.dtype and dtype == q.dtype and x is not rpb:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, found {x.dtype}")
-    if isinstance(scale, Tensor):
-        raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
-    q, k, v, extra_k, extra_v = (None if x is None else x.to(dtype) for x in (q, k, v, extra_k, extra_v))
-    scale = width**-0.5 if scale is None else float(scale)
+        floating("rpb", rpb)
+        if rpb.device != q.device:
+            raise ValueError(f"rpb must be on q's device {q.device}, found {rpb.device}")
+    scale = scale_or_default(scale, width)
+    q, k, v, extra_k, extra_v = same_kind(q=q, k=k, v=v, extra_k=extra_k, extra_v=extra_v)
     return Call(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _axes(
