@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,12 @@ def _train(
     )
     first = rank_zero_only.rank == 0
     with runs.lock(folder) if first else nullcontext():
+        start = partial(
+            runs.write_start, folder, made, command or f"zoo.train  # {shlex.join(sys.argv)}", classes
+        )
         if first:
-            runs.write_start(folder, made, command or f"zoo.train  # {shlex.join(sys.argv)}", classes)
+            if content is None:
+                start()
             millions = sum(p.numel() for p in model.parameters()) / 1e6
             say(
                 f"{made.model.name} ({millions:.2f} M parameters) on {made.data.name}: "
@@ -119,11 +124,14 @@ def _train(
             )
         resumed_at = content["global_step"] if content is not None else None
         trainer = build_trainer(made, task, folder, checkpoints, resumed_at=resumed_at)
+        if first and content is not None:
+            start()  # not before: a recipe that Lightning refuses must not take the place of the one that ran
         try:
             trainer.fit(module, loader, val_loader, ckpt_path=checkpoint)
         except Stopped as stopped:
             _end_by_signal(stopped, folder)
         finally:
+            module.watch_readers()
             loader.close()
             val_loader.close()
         if not trainer.is_global_zero:
@@ -169,9 +177,16 @@ def _check_resume(made: Recipe, checkpoint: Path, classes: list[str]) -> dict[st
             f"{checkpoint} has {len(content['classes'])} classes ({', '.join(content['classes'][:5])}), "
             f"the data has {len(classes)} ({', '.join(classes[:5])}); resume it with its own data"
         )
+    epoch, batch = content["position"]
+    epochs = made.optim.epochs + made.optim.cooldown_epochs
+    if epochs < epoch:
+        cooldown = f" and cooldown_epochs={made.optim.cooldown_epochs}" if made.optim.cooldown_epochs else ""
+        raise ConfigError(
+            f"optim.epochs={made.optim.epochs}{cooldown} ends before {checkpoint}, which has {epoch} epochs "
+            f"done; give {epoch} or more in all, or start a new run"
+        )
     for difference in differences:
         say(f"note: resumed with another value, {difference}")
-    epoch, batch = content["position"]
     say(f"resuming {checkpoint} at step {content['global_step']} (epoch {epoch + 1}, batch {batch})")
     return content
 

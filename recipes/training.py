@@ -7,6 +7,8 @@ in `checkpoints`, so that no task can lose it.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class Training(pl.LightningModule):
             self.ema = ModelEmaV3(model, decay=ema, use_warmup=warmup).requires_grad_(False)
         self.result: dict[str, float] = {}
         self.losses: list[Tensor] = []  # of the batches since the last step
+        self._watch: Any = None  # what runs when a process that this one started ends
         if recipe.trainer.channels_last:
             model.to(memory_format=torch.channels_last)
             self.result_model.to(memory_format=torch.channels_last)
@@ -99,6 +102,17 @@ class Training(pl.LightningModule):
         except (TypeError, ValueError) as error:  # an argument that it does not know, or a value it refuses
             given = self.recipe.shown("optim.args")
             raise ConfigError(f"optim.args={given} do not fit optim.name={optim.name}: {error}") from None
+
+    def on_train_end(self) -> None:
+        self._watch = signal.getsignal(signal.SIGCHLD)
+
+    def watch_readers(self) -> None:
+        """Let PyTorch notice again when a reading process is killed.
+
+        It says so once in a process that it wants to know, and Lightning takes that back when training ends.
+        """
+        if callable(self._watch) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, self._watch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout, drop path and mixup of a step follow from its number: a resumed run repeats them exactly.

@@ -48,6 +48,14 @@ def load_halves(recipe: Recipe, load: Callable[..., Images] = load_half) -> tupl
         raise DataError(
             f"{recipe.data.root}: train and val hold different classes ({told}); make them the same"
         )
+    if len(train.classes) < 2 and recipe.task in ("classification", "segmentation"):
+        fix = "sort the images into a sub-folder of train/ and of val/ for each"
+        if recipe.task == "segmentation":
+            fix = "add one for the background to classes.txt or model.num_classes"
+        where = recipe.data.root if recipe.data.root is not None else f"data.name={recipe.data.name}"
+        raise DataError(
+            f"{where} holds one class only ({_some(train.classes)}); two or more are wanted: {fix}"
+        )
     wanted = recipe.model.num_classes
     if wanted is not None and wanted != len(train.classes):
         raise DataError(

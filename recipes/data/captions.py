@@ -23,10 +23,11 @@ Encode = Callable[[Tensor, str, list[Tensor]], dict[str, Tensor]]
 class Captioned:
     """Latents and text embeddings of `root/split`: `<name>.png` or frames in `<name>/`, and `<name>.txt`.
 
-    Conditions of an image are `<name>.1.png`, `<name>.2.png`, as many as `conditions`. `encoder()` is called
-    if anything is not in the cache yet and returns what makes named tensors of pixels [3, T, height, width],
-    a caption and conditions [3, height, width]; `key` says what the tensors follow from beside the files.
-    Raises DataError for what is missing, unreadable or of too few frames.
+    Conditions of an image are `<name>.1.png`, `<name>.2.png`, as many as `conditions`; what has another
+    number, or no item `<name>` beside it, is an item too. `encoder()` is called if anything is not in the
+    cache yet and returns what makes named tensors of pixels [3, T, height, width], a caption and conditions
+    [3, height, width]; `key` says what the tensors follow from beside the files. Raises DataError for what is
+    missing, unreadable or of too few frames.
     """
 
     classes = ["caption"]
@@ -47,7 +48,7 @@ class Captioned:
         self.size, self.frames, self.conditions = size, frames, conditions
         if not self.root.is_dir():
             raise DataError(f"no folder {self.root}; wanted images or folders of frames, each with a .txt")
-        self.items = sorted(path for path in self.root.iterdir() if _is_item(path))
+        self.items = self._find()
         if not self.items:
             raise DataError(f"{self.root} holds neither images nor folders of frames")
         self.files = [cache / f"{self._name(item, key)}.safetensors" for item in self.items]
@@ -59,6 +60,17 @@ class Captioned:
                 found = {name: x.contiguous().cpu() for name, x in encode(*self._read(item)).items()}
                 data = save(found)
                 write_atomically(file, lambda opened, data=data: opened.write(data))
+
+    def _find(self) -> list[Path]:
+        numbers = {str(i + 1) for i in range(self.conditions)}
+        items, names = [], set()
+        # What `<name>.1` is a condition of has a shorter name.
+        for path in sorted(filter(_is_item, self.root.iterdir()), key=lambda path: len(path.name)):
+            name, _, number = path.stem.rpartition(".")
+            if path.is_dir() or number not in numbers or name not in names:
+                items.append(path)
+                names.add(path.name if path.is_dir() else path.stem)
+        return sorted(items)
 
     def _parts(self, item: Path) -> tuple[Path, list[Path], list[Path]]:
         """Caption, frames and conditions of an item."""
@@ -121,10 +133,8 @@ class Captioned:
 
 
 def _is_item(path: Path) -> bool:
-    """Tell images and folders of frames from captions, conditions (`<name>.1.png`) and hidden files."""
-    if path.name.startswith(".") or path.is_dir():
-        return path.is_dir() and not path.name.startswith(".")
-    return path.suffix.lower() in ENDINGS and not Path(path.stem).suffix[1:].isdecimal()
+    """Tell images and folders of frames from captions and hidden files."""
+    return not path.name.startswith(".") and (path.is_dir() or path.suffix.lower() in ENDINGS)
 
 
 def key_of(folder: Path, parts: Sequence[str]) -> str:

@@ -192,11 +192,30 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder} cannot be read ({error.strerror})") from None
 
 
+def _identity(folder: str | Path) -> tuple[int, int] | None:
+    """Return what is the same for all paths of a folder, None where it cannot be told."""
+    try:
+        stat = os.stat(folder)  # noqa: PTH116 - also for text
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
 def images_below(folder: Path, others: Counter[str]) -> list[str]:
-    """Return the image files in a folder and those in it, sorted; other files are counted by their ending."""
+    """Return the image files in a folder and those in it, sorted; other files are counted by their ending.
+
+    Links are followed, but to no folder that has been seen or that holds this one.
+    """
     files = []
+    own = folder.absolute(), folder.resolve()
+    seen = {_identity(each) for path in own for each in (path, *path.parents)}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = {name: _identity(f"{parent}/{name}") for name in sorted(folders) if not name.startswith(".")}
+        folders[:] = []
+        for name, identity in below.items():
+            if identity is None or identity not in seen:
+                folders.append(name)
+                seen.add(identity)
         for name in sorted(names):
             if name.startswith("."):
                 continue

@@ -150,7 +150,8 @@ class EpochLoader:
     """Iterates over the rest of an epoch from `position`, always the same batches for the same position.
 
     Yields what the transform made of images and of targets, stacked. A bad image raises DataError, or goes to
-    `on_bad` and is left out. It is no torch DataLoader, so Lightning leaves its order alone.
+    `on_bad` and is left out; in validation so is a whole batch of them, if there is a better one. It is no
+    torch DataLoader, so Lightning leaves its order alone.
     """
 
     def __init__(
@@ -198,10 +199,13 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         iterator = iter(self._loader)
+        left_out, any_good = "", False
         while True:
             try:
                 batch, bad = next(iterator)
             except StopIteration:
+                if left_out and not any_good:
+                    raise DataError(f"no image to validate can be read; the last: {left_out}") from None
                 return
             except RuntimeError as error:
                 if "DataLoader" not in str(error):
@@ -225,7 +229,11 @@ class EpochLoader:
             if isinstance(batch, DataError):
                 raise batch
             if batch is None:
-                raise DataError(f"no image of a whole batch can be read; the last: {bad[-1].reason}")
+                if self.batches.shuffle:  # a step of training cannot be left out: their number is fixed
+                    raise DataError(f"no image of a whole batch can be read; the last: {bad[-1].reason}")
+                left_out = bad[-1].reason
+                continue
+            any_good = True
             yield batch
 
     def close(self) -> None:

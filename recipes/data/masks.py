@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,16 @@ SIZES_CHECKED, MASKS_CHECKED = 1000, 100
 UPRIGHT = 1  # EXIF orientation
 
 
+class Unreadable(DataError):
+    """A file is missing or damaged, where other DataErrors say that its content is not what is wanted."""
+
+
 class MaskedImages:
     """Pairs of image and mask files. `values` maps a class number in the files to ours.
 
     Every mask is checked when it is read, and some evenly spread ones at once. Raises DataError naming the
-    file for a mask of another size than its image, in colours, or with a number that is no class.
+    file for a mask of another size than its image, in colours, or with a number that is no class; for a
+    damaged file too, unless `lenient`: then not before it is read.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class MaskedImages:
         *,
         root: Path,
         notes: Sequence[str] = (),
+        lenient: bool = False,
     ) -> None:
         self.name, self.root = name, root
         self.images = [image for image, _ in pairs]
@@ -52,13 +59,13 @@ class MaskedImages:
         self._table = np.full(1 << 16, _FOREIGN, dtype=np.int16)
         for value, number in values.items():
             self._table[value] = number
-        self._check_some()
+        self._check_some((Unreadable,) if lenient else ())
 
-    def _check_some(self) -> None:
-        for index in _spread(len(self), SIZES_CHECKED):
-            self._orientation(index)
-        for index in _spread(len(self), MASKS_CHECKED):
-            self.target(index)
+    def _check_some(self, passed: tuple[type[DataError], ...]) -> None:
+        for look, most in ((self._orientation, SIZES_CHECKED), (self.target, MASKS_CHECKED)):
+            for index in _spread(len(self), most):
+                with suppress(*passed):
+                    look(index)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -131,7 +138,8 @@ def read_mask(path: str | Path, orientation: int = UPRIGHT) -> np.ndarray:
                 values = np.asarray(mask)
     # A decoder may raise anything on damaged input.
     except Exception as error:
-        raise DataError(f"{path} cannot be read as a mask: {reason_of(error, path)}") from None
+        kind = DataError if isinstance(error, ValueError) else Unreadable
+        raise kind(f"{path} cannot be read as a mask: {reason_of(error, path)}") from None
     if values.ndim == 3:
         if (values != values[..., :1]).any():
             raise DataError(
@@ -153,7 +161,7 @@ def _turn(values: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _header(path: str) -> tuple[tuple[int, int], int]:
-    """Return width, height and EXIF orientation without decoding."""
+    """Return width, height and EXIF orientation, for which Pillow decodes a PNG and nothing else."""
     try:
         with warnings.catch_warnings(), open_file(path) as file:
             warnings.simplefilter("ignore")
@@ -161,7 +169,7 @@ def _header(path: str) -> tuple[tuple[int, int], int]:
                 orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
                 return image.size, orientation if orientation in range(1, 9) else UPRIGHT
     except Exception as error:
-        raise DataError(f"{path} cannot be read as an image: {reason_of(error, path)}") from None
+        raise Unreadable(f"{path} cannot be read as an image: {reason_of(error, path)}") from None
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -182,20 +190,31 @@ def class_values(count: int, ignore: int, *, from_one: bool) -> dict[int, int]:
 
 
 def folder_of(
-    root: str | Path, split: str, *, classes: Sequence[str], ignore: int, from_one: bool
+    root: str | Path,
+    split: str,
+    *,
+    classes: Sequence[str],
+    ignore: int,
+    from_one: bool,
+    whole: bool = False,
+    lenient: bool = False,
 ) -> MaskedImages:
-    """Return the pairs of `root/<split>/images` and `root/<split>/masks`, or of `root/images` and so on."""
+    """Return the pairs of `root/<split>/images` and `root/<split>/masks`.
+
+    `whole` takes those of `root/images` and `root/masks` where there is no `root/<split>`; two halves of a
+    training would be the same images then.
+    """
     root = _folder(root)
-    place = root / split if (root / split).is_dir() else root
-    for part in ("images", "masks"):
-        if not (place / part).is_dir():
-            found = (
-                ", ".join(sorted(each.name for each in place.iterdir() if each.is_dir())[:5]) or "no folders"
-            )
-            raise DataError(f"{place} has no {part}/ inside (found {found}); wanted {root}/{split}/{part}")
+    place = root if whole and not (root / split).is_dir() else root / split
+    wanted = f"wanted {root}/{split}/images and {root}/{split}/masks"
+    for inside in (place, place / "images", place / "masks"):
+        if not inside.is_dir():
+            folders = sorted(each.name for each in inside.parent.iterdir() if each.is_dir())
+            found = ", ".join(folders[:5]) or "no folders"
+            raise DataError(f"{inside.parent} has no {inside.name}/ inside (found {found}); {wanted}")
     pairs, notes = match(place / "images", place / "masks")
     values = class_values(len(classes), ignore, from_one=from_one)
-    return MaskedImages(split, pairs, classes, values, root=place, notes=notes)
+    return MaskedImages(split, pairs, classes, values, root=place, notes=notes, lenient=lenient)
 
 
 def _folder(root: str | Path) -> Path:
@@ -268,7 +287,7 @@ VOC = (
 )  # fmt: skip
 
 
-def ade20k(root: str | Path, *, train: bool, download: bool) -> MaskedImages:
+def ade20k(root: str | Path, *, train: bool, download: bool, lenient: bool = False) -> MaskedImages:
     """Return a half of ADE20K's scene parsing benchmark: 150 classes, 0 in the files is none of them."""
     root = Path(root)
     if (root / "ADEChallengeData2016").is_dir():
@@ -287,10 +306,10 @@ def ade20k(root: str | Path, *, train: bool, download: bool) -> MaskedImages:
         names = [name if names.count(name) == 1 else f"{name} {i + 1}" for i, name in enumerate(names)]
     pairs, notes = match(root / "images" / split, root / "annotations" / split)
     values = class_values(150, 255, from_one=True)
-    return MaskedImages(split, pairs, names, values, root=root, notes=notes)
+    return MaskedImages(split, pairs, names, values, root=root, notes=notes, lenient=lenient)
 
 
-def voc(root: str | Path, *, train: bool, download: bool) -> MaskedImages:
+def voc(root: str | Path, *, train: bool, download: bool, lenient: bool = False) -> MaskedImages:
     """Return a half of Pascal VOC 2012's segmentation: 21 classes with the background."""
     from torchvision.datasets import VOCSegmentation
 
@@ -303,10 +322,10 @@ def voc(root: str | Path, *, train: bool, download: bool) -> MaskedImages:
         ) from None
     pairs = list(zip(base.images, base.masks, strict=True))
     values = class_values(len(VOC), 255, from_one=False)
-    return MaskedImages(split, pairs, VOC, values, root=Path(root))
+    return MaskedImages(split, pairs, VOC, values, root=Path(root), lenient=lenient)
 
 
-def cityscapes(root: str | Path, *, train: bool, download: bool) -> MaskedImages:
+def cityscapes(root: str | Path, *, train: bool, download: bool, lenient: bool = False) -> MaskedImages:
     """Return a half of Cityscapes' fine annotations: the 19 classes that are evaluated."""
     from torchvision.datasets import Cityscapes
 
@@ -321,7 +340,8 @@ def cityscapes(root: str | Path, *, train: bool, download: bool) -> MaskedImages
     )
     values = {each.id: IGNORE for each in base.classes if each.id >= 0}
     values |= {each.id: each.train_id for each in judged}
-    return MaskedImages(split, pairs, [each.name for each in judged], values, root=Path(root))
+    names = [each.name for each in judged]
+    return MaskedImages(split, pairs, names, values, root=Path(root), lenient=lenient)
 
 
 def _unusable(name: str, root: str | Path, error: Exception, wanted: str) -> str:
@@ -354,13 +374,14 @@ def load_half(recipe: SegmentationRecipe, *, train: bool) -> Images:
     if data.name == "folder":
         classes = folder_classes(data.root, data.classes, recipe.model.num_classes)
         return half_of_folder(recipe, data.root, classes, "train" if train else "val")
-    return PUBLISHED[data.name](data.root, train=train, download=data.download)
+    lenient = data.bad_images == "skip"
+    return PUBLISHED[data.name](data.root, train=train, download=data.download, lenient=lenient)
 
 
 def half_of_folder(
-    recipe: SegmentationRecipe, root: str | Path, classes: Sequence[str], split: str
+    recipe: SegmentationRecipe, root: str | Path, classes: Sequence[str], split: str, *, whole: bool = False
 ) -> MaskedImages:
-    """Return the pairs of a folder with as many classes as a recipe says. Raises DataError."""
+    """Return the pairs of `folder_of` with as many classes as a recipe says. Raises DataError."""
     data = recipe.data
     wanted = recipe.model.num_classes
     if wanted is not None and wanted != len(classes):
@@ -368,4 +389,12 @@ def half_of_folder(
             f"model.num_classes={wanted}, but {len(classes)} classes are listed ({', '.join(classes[:5])}"
             f"{', ...' if len(classes) > 5 else ''}); correct one of them"
         )
-    return folder_of(root, split, classes=classes, ignore=data.ignore_index, from_one=data.reduce_zero_label)
+    return folder_of(
+        root,
+        split,
+        classes=classes,
+        ignore=data.ignore_index,
+        from_one=data.reduce_zero_label,
+        whole=whole,
+        lenient=data.bad_images == "skip",
+    )

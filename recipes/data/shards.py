@@ -221,12 +221,12 @@ def write_shards(
     where it exists, DataError for what is wrong with the images, ResourceError for a full disk.
     """
     from zoo.recipes.data import load_halves
-    from zoo.recipes.schema import Recipe
+    from zoo.recipes.schema import GenerationRecipe
 
     out = Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists already; name a new folder")
-    made = Recipe()
+    made = GenerationRecipe()  # not every task refuses a single class
     made.data.name, made.data.root = "folder", str(root)
     halves = dict(zip(SPLITS, load_halves(made), strict=True))  # just what training would accept
     for split, images in halves.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DataError
 from zoo.layers.words import WordEncoder
 from zoo.recipes import pictures
 from zoo.recipes.data import load_half, prompts
@@ -395,8 +396,7 @@ class GenerationTask(base.Task):
         if not sampling.count:
             return {}, {}, {}, []
         asked = objective.ask(sampling.count)
-        known = self.load_half(recipe, train=True)
-        training = as_pixels(known, settings, range(min(len(known), COMPARED)))
+        training = self._training(recipe, settings)
         held_out = as_pixels(images, settings, kept[:COMPARED])
         real = {"nearest": float(nearest(held_out, training)[0].mean())}
         eyes = objective.eyes
@@ -435,10 +435,15 @@ class GenerationTask(base.Task):
         if result.samples:
             self._nearest(folder, trained, next(iter(result.samples.values()))[:20])
 
+    def _training(self, recipe: GenerationRecipe, settings: InputSettings) -> np.ndarray:
+        """The training images among which copies are looked for."""
+        known = self.load_half(recipe, train=True)
+        which = range(min(len(known), COMPARED))
+        return as_pixels(known, settings, which, skip=recipe.data.bad_images == "skip")
+
     def _nearest(self, folder: Path, trained: Trained, samples: np.ndarray) -> None:
         """Draw samples above the training images that are most like them."""
-        known = self.load_half(trained.recipe, train=True)
-        training = as_pixels(known, trained.settings, range(min(len(known), COMPARED)))
+        training = self._training(trained.recipe, trained.settings)
         closest = training[nearest(samples, training)[1]]
         pictures.tiles(np.concatenate([samples, closest]), folder / "nearest.png", columns=len(samples))
 
@@ -492,11 +497,17 @@ class Scaled:
         return torch.from_numpy(np.ascontiguousarray((pixels - mean) / std))
 
 
-def as_pixels(images: Images, settings: InputSettings, which: Sequence[int]) -> np.ndarray:
-    """Some images as the network sees them, uint8 [N, y, x, C]."""
+def as_pixels(
+    images: Images, settings: InputSettings, which: Sequence[int], *, skip: bool = False
+) -> np.ndarray:
+    """Some images as the network sees them, uint8 [N, y, x, C]; `skip` leaves out what cannot be read."""
     transform = pixel_transform(settings)
     images = images.images if isinstance(images, LatentImages) else images
-    seen = torch.stack([transform(images.load(index)) for index in which])
+    parts = []
+    for index in which:
+        with suppress(*((DataError,) if skip else ())):
+            parts.append(transform(images.load(index)))
+    seen = torch.stack(parts)
     return (255 * (seen / 2 + 0.5)).round().byte().movedim(1, -1).numpy()
 
 

@@ -251,7 +251,7 @@ class SegmentationTask(base.Task):
             return self.load_half(recipe, train=False)
         listed = (Path(data) / "classes.txt").exists()
         classes = masks.folder_classes(data, None, None) if listed else trained.classes
-        return masks.half_of_folder(recipe, data, classes, "val")
+        return masks.half_of_folder(recipe, data, classes, "val", whole=True)
 
     @torch.inference_mode()
     def measure(

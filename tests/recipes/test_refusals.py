@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,11 @@ FAULTS = {  # what is typed, exit status, words of the line
     "data folder": ("data.root=nowhere", 3, "no folder nowhere"),
     "class count": ("model.num_classes=5", 3, "model.num_classes=5, but"),
     "mask label": ("data.root=wrong", 3, "mask wrong/val/masks/1.png holds 7"),
+    "one class": ("data.root=single", 3, "single holds one class only (dark); two or more are wanted"),
+    "no background": ("data.root=bare", 3, "bare holds one class only (thing); two or more are wanted: add"),
 }
-CASES = [
-    (task, fault) for task in TASKS for fault in FAULTS if fault != "mask label" or task == "segmentation"
-]
+OF_ONE_TASK = {"mask label": "segmentation", "one class": "classification", "no background": "segmentation"}
+CASES = [(task, fault) for task in TASKS for fault in FAULTS if OF_ONE_TASK.get(fault, task) == task]
 # Types one command after the other and tells status, line and whether torch has been imported by then.
 TYPIST = """
 import contextlib, io, json, sys
@@ -66,6 +68,12 @@ def answers(tmp_path_factory) -> dict[tuple[str, str], tuple[int, str, list[str]
             Image.new("RGB", (8, 8)).save(home / "images" / split / name / "0.png")
     write_masks(home / "masks", 1)
     write_masks(home / "wrong", 7)
+    shutil.copytree(home / "images", home / "single", ignore=shutil.ignore_patterns("light"))
+    shutil.copytree(home / "masks", home / "bare")
+    (home / "bare" / "classes.txt").write_text("thing\n")
+    for split in ("train", "val"):
+        for part in ("images", "masks"):
+            (home / "bare" / split / part / "1.png").unlink()
     for task, text in TASKS.items():
         (home / f"{task}.yaml").write_text(f"task: {task}\n{text}")
     typed = [["train", f"{task}.yaml", FAULTS[fault][0]] for task, fault in CASES]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from stops import Killed, interrupt, kill, terminate
 from timm.scheduler import CosineLRScheduler
+from torch.utils.data._utils import signal_handling
 
 from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
 from zoo.recipes import api
@@ -82,6 +84,26 @@ def test_the_exported_weights_are_the_averaged_ones_of_the_best_epoch(finished):
     for key, value in exported.items():
         assert torch.equal(value, best[f"ema.module.{key}"])
     assert any(not torch.equal(value, best[f"model.{key}"]) for key, value in exported.items())
+
+
+def test_a_reader_that_is_killed_after_a_training_is_noticed(run, monkeypatch):
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        run("watched", "data.workers=1", "optim.epochs=1")
+        assert callable(signal.getsignal(signal.SIGCHLD))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_averaged_weights_of_a_short_run_forget_the_beginning_after_a_warmup(run, tmp_path):
+    behind = {}
+    for warmup in (False, True):
+        run(f"ema {warmup}", "optim.ema=0.999", f"optim.ema_warmup={warmup}")
+        file = tmp_path / f"ema {warmup}" / "checkpoints" / "last.ckpt"
+        state = torch.load(file, weights_only=True)["state_dict"]
+        behind[warmup] = (state["ema.module.head.weight"] - state["model.head.weight"]).norm()
+    assert behind[True] < 0.5 * behind[False]
 
 
 def test_the_best_checkpoints_are_kept_by_accuracy_then_loss(run, monkeypatch):
@@ -279,6 +301,29 @@ def test_resuming_as_another_run_names_what_differs(run, finished, override, wor
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.epochs=1", "optim.epochs=1 ends before .*last.ckpt, which has 2 epochs done; give 2 or more"),
+        ("trainer.strategy=nonesuch", "Lightning refuses"),
+    ],
+)
+def test_a_refused_resume_leaves_the_recipe_of_the_run(run, finished, tmp_path, override, words):
+    folder = shutil.copytree(finished, tmp_path / "own")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=words) as refused:
+        run("x", override, resume=folder)
+    assert "\n" not in str(refused.value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_stopped_inside_an_epoch_can_end_with_the_one_before(run, at_step, tmp_path):
+    at_step(5, terminate)
+    with pytest.raises(SystemExit):
+        run("early")
+    assert run("early", "optim.epochs=1", resume=tmp_path / "early").best_epoch == 1
+
+
 def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_it_did_not_know(finished, tmp_path):
     made = recipe(finished / "config.yaml")
     older = made.plain()
@@ -290,8 +335,6 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_it_did_not_
 
 
 def test_resuming_with_other_classes_is_refused(run, finished, image_folder, tmp_path):
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(image_folder, other)
     for split in ("train", "val"):
@@ -505,18 +548,20 @@ def test_the_rate_is_scaled_to_the_batch(recipe_file):
 
 
 def test_bad_images_are_skipped_and_listed_when_asked(run, image_folder, tmp_path):
-    import shutil
-
     folder = tmp_path / "some-bad"
     shutil.copytree(image_folder, folder)
     (folder / "train" / "dark" / "03.png").write_bytes(b"")
     (folder / "val" / "light" / "02.png").write_bytes(b"<html>")
+    (folder / "val" / "light" / "03.png").write_bytes(b"<html>")
+    (folder / "val" / "light" / "04.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match=r"train/dark/03.png cannot be read as an image: the file is empty"):
         run("strict", f"data.root={folder}")
     result = run("lenient", f"data.root={folder}", "data.bad_images=skip", "optim.epochs=1")
     listed = (result.folder / "bad_files.txt").read_text().splitlines()
-    assert [line.split()[0] for line in listed] == ["train/dark/03.png", "val/light/02.png"]
-    assert (result.evaluation.images, result.evaluation.skipped) == (9, 1)
+    assert [line.split()[0] for line in listed] == [
+        "train/dark/03.png", "val/light/02.png", "val/light/03.png", "val/light/04.png",
+    ]  # fmt: skip
+    assert (result.evaluation.images, result.evaluation.skipped) == (7, 3)
 
 
 @pytest.mark.slow

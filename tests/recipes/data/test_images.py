@@ -265,6 +265,22 @@ def test_hidden_folders_and_files_are_ignored(tmp_path):
     assert images.notes == []
 
 
+def test_links_are_followed_but_no_image_is_found_twice(tmp_path):
+    root = tree(tmp_path / "root", "red/1.png", "red/deep/2.png", "blue/3.png")
+    tree(tmp_path / "elsewhere", "4.png", "5.png")
+    (root / "red" / "up").symlink_to("..")
+    (root / "red" / "deep" / "self").symlink_to(".")
+    (root / "blue" / "more").symlink_to(tmp_path / "elsewhere")
+    (root / "blue" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    (root / "green").symlink_to(tmp_path / "elsewhere")
+    images = ImageFolder(root)
+    assert images.classes == ["blue", "green", "red"]
+    names = [Path(file).relative_to(root).as_posix() for file in images.files]
+    assert names[:5] == ["blue/3.png", "blue/again/4.png", "blue/again/5.png", "green/4.png", "green/5.png"]
+    assert names[-2:] == ["red/1.png", "red/deep/2.png"]
+
+
 def test_files_with_other_endings_are_counted(tmp_path):
     images = ImageFolder(tree(tmp_path, "a/1.png", "a/x.txt", "a/y.txt", "b/1.png", "b/z.heic"))
     assert "3 files" in images.notes[0] and "2 .txt" in images.notes[0]

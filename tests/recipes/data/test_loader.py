@@ -187,9 +187,17 @@ def test_too_many_bad_images_stop_the_run():
         list(loader)
 
 
-def test_a_batch_without_a_good_image_is_an_error():
-    loader = EpochLoader(Numbered(4, bad=(0, 1)), EVAL, batch_size=2, on_bad=BadImages(1.0))
-    with pytest.raises(DataError, match="no image of a whole batch"):
+@pytest.mark.parametrize("bad", [(0,), (2, 3), (4,), (0, 2, 4)])
+def test_validation_leaves_out_a_batch_without_a_good_image(bad):
+    loader = EpochLoader(Numbered(5, bad=bad), EVAL, batch_size=1, on_bad=BadImages(1.0))
+    assert [targets.tolist() for _, targets in loader] == [[i % 2] for i in range(5) if i not in bad]
+
+
+@pytest.mark.parametrize(("train", "words"), [(True, "of a whole batch"), (False, "to validate")])
+def test_nothing_but_bad_images_is_an_error(train, words):
+    images = Numbered(2, bad=(0, 1))
+    loader = EpochLoader(images, EVAL, batch_size=1 + train, train=train, on_bad=BadImages(1.0))
+    with pytest.raises(DataError, match=f"no image {words} can be read; the last: /root/[01].png cannot"):
         list(loader)
 
 

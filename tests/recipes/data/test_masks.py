@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
 
 from zoo.errors import ConfigError, DataError
-from zoo.recipes.data import digit_scenes, masks
+from zoo.recipes.data import digit_scenes, load_halves, masks
 from zoo.recipes.data.digit_scenes import CLASSES, DigitScenes, compose
 from zoo.recipes.data.joint import JointTraining, Views, fitting
 from zoo.recipes.data.masks import IGNORE, MaskedImages, class_values, folder_classes, read_mask
 from zoo.recipes.data.transforms import InputSettings
-from zoo.recipes.schema import SegmentationAugment
+from zoo.recipes.schema import SegmentationAugment, SegmentationRecipe
 
 SETTINGS = InputSettings(
     size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic", crop_pct=1.0
@@ -106,6 +109,47 @@ def test_classes_come_from_a_file_or_a_count(tmp_path):
     (tmp_path / "classes.txt").write_text("sky\nsky\n")
     with pytest.raises(DataError, match="'sky' twice"):
         folder_classes(tmp_path, None, None)
+
+
+# ---- folders
+
+
+def masked_tree(root: Path, *places: str) -> Path:
+    for place in places:
+        write(root / place / "images" / "a.png", np.zeros((4, 6, 3), np.uint8))
+        write(root / place / "masks" / "a.png", numbers())
+    return root
+
+
+@pytest.mark.parametrize("layout", ["split below", "no split"])
+def test_two_halves_are_never_the_same_images(tmp_path, layout):
+    root = masked_tree(tmp_path, ".")
+    if layout == "split below":
+        for part in ("images", "masks"):
+            for split in ("train", "val"):
+                (root / part / split).mkdir()
+                shutil.copy(root / part / "a.png", root / part / split)
+            (root / part / "a.png").unlink()
+    made = SegmentationRecipe()
+    made.data.name, made.data.root, made.model.num_classes = "folder", str(root), 3
+    with pytest.raises(DataError, match=r"no train/ inside \(found images, masks\); wanted .*/train/images"):
+        load_halves(made, masks.load_half)
+    other = masks.half_of_folder(made, root, ["a", "b", "c"], "val", whole=True)
+    assert len(other) == (2 if layout == "split below" else 1)
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_a_damaged_file_is_named_at_once_unless_it_is_to_be_skipped(tmp_path, part):
+    file = masked_tree(tmp_path, "val") / "val" / part / "a.png"
+    file.write_bytes(file.read_bytes()[:-24])
+    given = {"classes": ["a", "b", "c"], "ignore": 255, "from_one": False}
+    with pytest.raises(DataError, match=f"{part}/a.png cannot be read"):
+        masks.folder_of(tmp_path, "val", **given)
+    assert len(masks.folder_of(tmp_path, "val", lenient=True, **given)) == 1
+    write(tmp_path / "val" / "masks" / "a.png", numbers() + 3)
+    write(tmp_path / "val" / "images" / "a.png", np.zeros((4, 6, 3), np.uint8))
+    with pytest.raises(DataError, match="none of the 3 classes"):
+        masks.folder_of(tmp_path, "val", lenient=True, **given)
 
 
 # ---- published layouts

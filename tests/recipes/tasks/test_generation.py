@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -465,6 +466,19 @@ def test_real_images_are_compared_as_the_network_sees_them():
 
 
 # ---- prompts
+
+
+def test_training_images_that_cannot_be_read_are_compared_with_nothing(
+    recipe_file, image_folder, tmp_path, monkeypatch
+):
+    """Neither the measures of the samples nor the picture of what is nearest to them."""
+    monkeypatch.setattr(pictures, "curves", lambda *_, **__: None)
+    folder = shutil.copytree(image_folder, tmp_path / "bad")
+    (folder / "train" / "dark" / "03.png").write_bytes(b"")
+    overrides = [f"data.root={folder}", "data.bad_images=skip", "optim.epochs=1"]
+    result = api.train(api.recipe(recipe_file, overrides), run_dir=tmp_path / "lenient")
+    assert np.isfinite(result.evaluation.real["nearest"])
+    assert (result.folder / "nearest.png").exists()
 
 
 def test_words_have_an_order_and_a_vocabulary():

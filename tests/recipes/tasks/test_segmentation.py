@@ -128,6 +128,17 @@ def test_images_of_one_size_may_be_validated_together_and_others_are_one_line(ru
         run("sizes", "data.val_batch_size=2")
 
 
+def test_bad_images_are_skipped_when_asked(run, masked_folder, tmp_path):
+    """Each is a validation batch of its own, the first and the last of them too."""
+    folder = shutil.copytree(masked_folder, tmp_path / "bad")
+    bad = ["train/images/03.png", "val/images/00.png", "val/images/04.png", "val/masks/02.png"]
+    for name in bad:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-24])
+    result = run("lenient", f"data.root={folder}", "data.bad_images=skip", "optim.epochs=1")
+    assert (result.evaluation.images, result.evaluation.skipped) == (2, 3)
+    assert len((result.folder / "bad_files.txt").read_text().splitlines()) == 4
+
+
 # ---- what is wrong is known before a model is built
 
 
