@@ -103,9 +103,6 @@ class Training(pl.LightningModule):
             given = self.recipe.shown("optim.args")
             raise ConfigError(f"optim.args={given} do not fit optim.name={optim.name}: {error}") from None
 
-    def on_train_end(self) -> None:
-        self._watch = signal.getsignal(signal.SIGCHLD)
-
     def watch_readers(self) -> None:
         """Let PyTorch notice again when a reading process is killed.
 
@@ -118,6 +115,7 @@ class Training(pl.LightningModule):
         # Dropout, drop path and mixup of a step follow from its number: a resumed run repeats them exactly.
         reseed(self.recipe.seed, "step", self.current_epoch, batch_idx, self.global_rank)
         self.schedule.step_update(self.trainer.global_step)
+        self._watch = signal.getsignal(signal.SIGCHLD)
         for module in self.still:  # their statistics stay too, and nothing is dropped in them
             module.eval()
 
