@@ -13,7 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.errors import ConfigError, IntegrityError, did_you_mean
+from zoo.errors import ConfigError, IntegrityError, at_least, did_you_mean
 from zoo.rows import replaced
 
 if TYPE_CHECKING:
@@ -378,9 +378,7 @@ def _classifier_of_other_classes(
 
 def _refuse_numbers(kwargs: Mapping[str, Any]) -> None:
     """Refuse what timm would take and compute nonsense with."""
-    channels = kwargs.get("in_chans", 3)
-    if isinstance(channels, bool) or not isinstance(channels, Integral) or channels < 1:
-        raise ConfigError(f"in_chans must be a whole number from 1, found {channels!r}")
+    at_least(1, in_chans=kwargs.get("in_chans", 3))
     for key, rate in kwargs.items():
         if key.endswith("_rate") and not (isinstance(rate, int | float) and 0 <= rate < 1):
             raise ConfigError(f"{key} must be from 0 to below 1, found {rate!r}")
@@ -433,7 +431,9 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
         row = {f.name for f in fields(entry.config)} - set(inspect.signature(entry.model.__init__).parameters)
         own = {key: kwargs.pop(key) for key in row & kwargs.keys()}
         if kwargs.get("img_size") is not None:  # timm's name of it
-            own.setdefault("input_size", _side(kwargs.pop("img_size")))
+            if "input_size" in own:
+                raise ConfigError("give input_size or timm's img_size, not both")
+            own["input_size"] = _side(kwargs.pop("img_size"))
         config = replaced(entry.config, own)
         kwargs.setdefault("num_classes", config.num_classes)
         if config.input_size != entry.config.input_size:  # then what timm says of the model follows

@@ -98,6 +98,8 @@ def test_timms_img_size_is_the_rows_input_size():
         assert timm.create_model("dat_tiny").default_cfg["input_size"] == (3, 224, 224)
         with pytest.raises(zoo.ConfigError, match=r"img_size must be that of squares, found \(256, 320\)"):
             timm.create_model("dat_tiny", img_size=(256, 320))
+        with pytest.raises(zoo.ConfigError, match="not both"):
+            timm.create_model("dat_tiny", img_size=256, input_size=224)
 
 
 def test_the_tag_of_the_weights_says_how_their_images_are_cropped(monkeypatch):
