@@ -263,7 +263,7 @@ def test_too_few_frames_and_a_missing_caption_are_one_line(run, captioned, tmp_p
         run("flux", "x", f"data.root={folder}")
 
 
-def test_a_hidden_prompt_is_hidden_from_both_of_its_states(monkeypatch):
+def test_a_hidden_prompt_is_hidden_from_both_of_its_states():
     told = {}
 
     def predict(model, x, t, said, guidance):
