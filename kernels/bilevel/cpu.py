@@ -8,6 +8,9 @@ faster.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +21,7 @@ from zoo.kernels.bilevel.regions import region_of, to_map, to_regions
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
 COPIED_TOKEN = 32  # cost of copying one key and its value, in query-key products
 DENSE_PRODUCTS = 1 << 16  # where a mask of this many entries for each image still costs nothing
-TOKENS_AT_ONCE = 32768  # chosen keys held at once; fewer are slower
+BYTES_AT_ONCE = 1 << 21  # of chosen keys, and as many of values: what a core's cache holds
 
 # SDPA's own kernel, named because it gives the LSE and takes its backward pass apart from autograd.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -51,13 +54,19 @@ def bilevel_routing_attention(
     return out[..., :width], lse
 
 
-def describe(q: Tensor, k: Tensor, routes: Tensor, route_weights: Tensor | None, return_lse: bool) -> str:
+def describe(
+    q: Tensor,
+    k: Tensor,
+    routes: Tensor,
+    regions: tuple[int, int],
+    route_weights: Tensor | None,
+    return_lse: bool,
+) -> str:
     """How a call would be computed, in words."""
     if _is_dense(q, k, routes, route_weights, return_lse):
         return "one dense attention with a mask"
-    keys = _chosen_keys(k, routes)
-    some = routes.shape[1] if route_weights is not None else max(1, TOKENS_AT_ONCE // keys)
-    return f"{some} regions at once with {keys} keys each"
+    rows, columns = regions if route_weights is not None else _at_once(k, routes, regions)
+    return f"{rows * columns} regions at once with {_chosen_keys(k, routes)} keys each"
 
 
 def _is_dense(q: Tensor, k: Tensor, routes: Tensor, route_weights: Tensor | None, return_lse: bool) -> bool:
@@ -72,6 +81,13 @@ def _is_dense(q: Tensor, k: Tensor, routes: Tensor, route_weights: Tensor | None
 def _chosen_keys(k: Tensor, routes: Tensor) -> int:
     """How many keys a query sees."""
     return routes.shape[2] * k.shape[1] * k.shape[2] // routes.shape[1]
+
+
+def _at_once(k: Tensor, routes: Tensor, regions: tuple[int, int]) -> tuple[int, int]:
+    """How many regions are taken together: rows of regions, or of one row so many columns."""
+    rows, columns = len(routes) * regions[0], regions[1]
+    some = max(1, BYTES_AT_ONCE // (_chosen_keys(k, routes) * k.shape[3:].numel() * k.element_size()))
+    return max(1, min(rows, some // columns)), min(columns, some)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int], scale: float) -> Tensor:
@@ -98,16 +114,14 @@ def _gathered(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Every region against the regions it has chosen, and no others."""
-    batch, parts, _ = routes.shape
-    grid = q.shape[1:3]
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if route_weights is None and not traced:
+        return _Regions.apply(q, k, v, routes, regions, scale)
+    (batch, parts, _), grid = routes.shape, q.shape[1:3]
     q, k, v = (to_regions(x, regions).flatten(0, 1) for x in (q, k, v))  # [B * p, tokens, H, D]
     rows = (routes + parts * torch.arange(batch)[:, None, None]).flatten(0, 1)
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or route_weights is not None:
-        weights = None if route_weights is None else route_weights.to(q.dtype).flatten(0, 1)
-        out, lse = _all_at_once(q, k, v, rows, weights, scale, return_lse)
-    else:
-        out, lse = _Regions.apply(q, k, v, rows, scale)
+    weights = None if route_weights is None else route_weights.to(q.dtype).flatten(0, 1)
+    out, lse = _all_at_once(q, k, v, rows, weights, scale, return_lse)
     out = to_map(out.unflatten(0, (batch, parts)), regions, grid)
     return out, to_map(lse.unflatten(0, (batch, parts)), regions, grid) if return_lse else None
 
@@ -139,25 +153,27 @@ def _all_at_once(
 
 
 class _Regions(torch.autograd.Function):
-    """Attention of regions [P, tokens, H, D] to the regions in `rows`: output, and LSE [P, tokens, H]."""
+    """What `_all_at_once` does, on maps, a few rows of regions at a time: output, and LSE [B, Y, X, H]."""
 
     @staticmethod
-    def forward(ctx, q, k, v, rows, scale):  # noqa: ANN001, ANN205
-        done = []
-        for part in _parts(rows, k):
-            some = (q[part], _take(k, rows[part]), _take(v, rows[part]))
-            done.append(_flash(*map(_heads_first, some), scale=scale))
-        out, lse = (_cat([some.transpose(1, 2) for some in parts]) for parts in zip(*done, strict=True))
-        ctx.save_for_backward(q, k, v, rows, out, lse)
-        ctx.scale = scale
+    def forward(ctx, q, k, v, routes, regions, scale):  # noqa: ANN001, ANN205
+        out = q.new_empty(q.shape)
+        lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        for part, _, *keys in _parts(k, v, routes, regions):
+            some = (_bands(q, regions)[part].flatten(0, 1), *keys)
+            for whole, done in zip((out, lse), _flash(*map(_heads_first, some), scale=scale), strict=True):
+                whole = _bands(whole, regions)[part]
+                whole.copy_(done.transpose(1, 2).reshape(whole.shape))
+        ctx.save_for_backward(q, k, v, routes, out, lse)
+        ctx.regions, ctx.scale = regions, scale
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):  # noqa: ANN001, ANN205
-        q, k, v, rows, out, lse = ctx.saved_tensors
-        width = q.shape[-1]
+        q, k, v, routes, out, lse = ctx.saved_tensors
+        width, regions = q.shape[-1], ctx.regions
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         if grad_lse is not None:
             # The kernel subtracts the row sums of grad_out * out from the logits' gradient; grad_lse must be
@@ -165,26 +181,55 @@ class _Regions(torch.autograd.Function):
             q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
             grad_out = F.pad(grad_out, (0, 1), value=1.0)
             out = torch.cat([out, -grad_lse[..., None].to(out.dtype)], dim=-1)
-        grad_q, grad_k, grad_v = [], k.new_zeros(k.shape), v.new_zeros(v.shape)
-        for part in _parts(rows, k):
-            some = (grad_out[part], q[part], _take(k, rows[part]), _take(v, rows[part]), out[part])
-            some_lse = lse[part].transpose(1, 2)
-            grads = _flash_backward(*map(_heads_first, some), some_lse, 0.0, False, scale=ctx.scale)
-            grad_q.append(grads[0].transpose(1, 2))
-            for whole, grad in zip((grad_k.flatten(1), grad_v.flatten(1)), grads[1:], strict=True):
-                grad = grad.transpose(1, 2).reshape(-1, whole.shape[1])  # [P * topk, tokens * H * D]
-                whole.index_add_(0, rows[part].flatten(), grad)
-        return *(x[..., :width] for x in (_cat(grad_q), grad_k, grad_v)), None, None
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        for part, strips, *keys in _parts(k, v, routes, regions):
+            queries = (_bands(x, regions)[part].flatten(0, 1) for x in (grad_out, q, out, lse[..., None]))
+            d_out, some_q, some_out, some_lse = map(_heads_first, queries)
+            some = (d_out, some_q, *map(_heads_first, keys), some_out, some_lse[..., 0])
+            grads = _flash_backward(*some, 0.0, False, scale=ctx.scale)
+            whole = _bands(grad_q, regions)[part]
+            whole.copy_(grads[0].transpose(1, 2).reshape(whole.shape))
+            for whole, grad in zip((grad_k, grad_v), grads[1:], strict=True):
+                whole = _strips(whole, regions)
+                whole.index_add_(0, strips, grad.transpose(1, 2).reshape(-1, *whole.shape[1:]))
+        return *(x[..., :width] for x in (grad_q, grad_k, grad_v)), None, None, None
 
 
-def _parts(rows: Tensor, k: Tensor) -> list[slice]:
-    """Regions that are taken together."""
-    some = max(1, TOKENS_AT_ONCE // (rows.shape[1] * k.shape[1]))
-    return [slice(start, start + some) for start in range(0, max(1, len(rows)), some)]
+def _bands(x: Tensor, regions: tuple[int, int]) -> Tensor:
+    """A map [B, Y, X, ...] as rows of regions, [B * rows, columns, height, width, ...], without a copy."""
+    rows, columns = regions
+    x = x.unflatten(2, (columns, x.shape[2] // columns)).unflatten(1, (rows, x.shape[1] // rows))
+    return x.flatten(0, 1).transpose(1, 2)
 
 
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _strips(x: Tensor, regions: tuple[int, int]) -> Tensor:
+    """A map [B, Y, X, H, D] cut at the regions' borders, [B * Y * columns, width of a region, H, D]."""
+    return x.unflatten(2, (regions[1], x.shape[2] // regions[1])).flatten(0, 2)
+
+
+def _parts(
+    k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int]
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
+    """Regions that are taken together, a part of `_bands`, the strips they see, and their keys and values.
+
+    These are [regions, topk * height, width, H, D] and lie where those of the part before lay.
+    """
+    (rows, columns), height = regions, k.shape[1] // regions[0]
+    images = torch.arange(len(routes))[:, None, None]
+    first = ((images * rows + routes // columns) * height) * columns + routes % columns
+    strips = first[..., None] + columns * torch.arange(height)  # [B, p, topk, height]
+    strips = strips.unflatten(1, regions).flatten(0, 1).flatten(2)  # [B * rows, columns, topk * height]
+    down, right = _at_once(k, routes, regions)
+    wholes = [_strips(x, regions) for x in (k, v)]
+    rooms = [x.new_empty(down * right * strips.shape[2], *x.shape[1:]) for x in wholes]
+    for row, column in product(range(0, len(strips), down), range(0, columns, right)):
+        part = slice(row, row + down), slice(column, column + right)
+        seen = strips[part].flatten()
+        taken = (
+            torch.index_select(whole, 0, seen, out=room[: len(seen)]).unflatten(0, (-1, strips.shape[2]))
+            for whole, room in zip(wholes, rooms, strict=True)
+        )
+        yield part, seen, *taken
 
 
 def _all_finite(x: Tensor) -> bool:

@@ -275,7 +275,7 @@ dispatch.OPERATIONS[OP] = (
         run=lambda call: cpu.bilevel_routing_attention(*_arguments(call), return_lse=call.return_lse),
         why_not=_cpu_why_not,
         configuration=lambda call: cpu.describe(
-            call.q, call.k, call.routes, call.route_weights, call.return_lse
+            call.q, call.k, call.routes, call.regions, call.route_weights, call.return_lse
         ),
     ),
     dispatch.Backend(

@@ -5,9 +5,10 @@
     python scripts/bench/ops_cpu.py --check          exit status 1 where a goal is missed
     python scripts/bench/ops_cpu.py --json FILE      the figures, with versions and date
 
-Both sides run in turns in one process on one thread and the fastest turn counts, in CPU time: that holds on a
-busy machine too. Only ratios mean something. Memory is what one forward pass adds to the peak of a fresh
-process (Linux only).
+Each side has processes of its own, in turns: as in a program that uses only one of them, what it finds in the
+caches and which memory it gets back is its own doing. One thread, CPU time, and the fastest call counts: that
+holds on a busy machine too. Only ratios mean something. Memory is what one forward pass adds to the peak of a
+fresh process (Linux only).
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from itertools import product
+from functools import lru_cache, partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -39,6 +39,7 @@ from zoo import ops
 torch.set_num_threads(1)
 
 WIDTH = 32  # channels per head
+ROUNDS = 2  # processes of either side
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Case:
 
 CASES = [
     Case("56x56", (56, 56), 2, forward_goal=7.0, training_goal=6.0),
+    Case("56x56, batch 8", (56, 56), 2, batch=8),
     Case("56x56 with bias", (56, 56), 2, rpb=True),
     Case("56x56 with bias, batch 8", (56, 56), 2, rpb=True, batch=8),
     Case("56x56 dilation 8", (56, 56), 2, dilation=8),
@@ -84,6 +86,7 @@ class RoutedCase:
 
 ROUTED_CASES = [
     RoutedCase("routed 56x56, 1 region", 56, 2, 1, training_goal=4.5),
+    RoutedCase("routed 56x56, 1 region, batch 8", 56, 2, 1, batch=8, training_goal=4.5),
     RoutedCase("routed 56x56, 4 regions", 56, 2, 4),
     RoutedCase("routed 56x56, 4 regions, batch 8", 56, 2, 4, batch=8, forward_goal=2.4, training_goal=4.5),
     RoutedCase("routed 28x28, 4 regions", 28, 4, 4),
@@ -152,81 +155,93 @@ def routed_inputs(case: RoutedCase) -> list[Tensor]:
 # Time -------------------------------------------------------------------------------------------------------
 
 
-def _turns(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Least CPU time of each function in milliseconds, in turns for about `seconds`, at least three."""
-    best = dict.fromkeys(runs, float("inf"))
-    turns, end = 0, time.perf_counter() + seconds
-    while turns < 3 or (time.perf_counter() < end and turns < 30):
-        for name, run in runs.items():
+def calls(case: Case | RoutedCase | str, side: str) -> dict[str, Callable[[], Tensor]]:
+    """What is timed of one side: `forward` and `training`, both return the output."""
+    torch.manual_seed(0)
+    if isinstance(case, str):
+        return _model_calls(case, SIDES[side])
+    if isinstance(case, RoutedCase):
+        *leaves, routes = routed_inputs(case)
+        function = partial(ROUTED_SIDES[side], *leaves, routes, REGIONS)
+    else:
+        shape = (case.batch, *case.grid, case.heads, WIDTH)
+        leaves = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+        function = partial(SIDES[side], *leaves, case.kernel_size, dilation=case.dilation)
+        if case.rpb:
+            sides = (2 * case.kernel_size - 1,) * len(case.grid)
+            leaves.append(torch.randn(case.heads, *sides, requires_grad=True))
+            function = partial(function, rpb=leaves[-1])
+    grad = torch.randn_like(leaves[0])
+
+    def training() -> Tensor:
+        out = function()
+        torch.autograd.grad(out, leaves, grad)
+        return out
+
+    return {"forward": torch.no_grad()(function), "training": training}
+
+
+def _model_calls(name: str, attention: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """The whole model on 8 images of 224 x 224 with this attention inside, which stays there."""
+    model = zoo.create_model(name).eval()
+    images = torch.randn(8, 3, 224, 224)
+    ops.neighborhood_attention = attention
+
+    def training() -> Tensor:
+        model.zero_grad()
+        out = model(images)
+        out.square().mean().backward()
+        return out
+
+    return {"forward": torch.no_grad()(partial(model, images)), "training": training}
+
+
+def least_times(name: str, side: str, seconds: float) -> dict[str, float]:
+    """Least CPU time of both calls in milliseconds, each for so long, three times at least."""
+    best = {}
+    for what, call in calls(_cases()[name], side).items():
+        call()
+        best[what], turns, end = float("inf"), 0, time.perf_counter() + seconds
+        while turns < 3 or (time.perf_counter() < end and turns < 100):
             start = time.process_time()
-            run()
-            best[name] = min(best[name], 1e3 * (time.process_time() - start))
-        turns += 1
+            call()
+            best[what] = min(best[what], 1e3 * (time.process_time() - start))
+            turns += 1
     return best
 
 
-def time_case(case: Case, seconds: float) -> dict[str, float]:
-    """Milliseconds of both sides, `cpu forward` and so on."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(case.batch, *case.grid, case.heads, WIDTH, requires_grad=True) for _ in range(3)]
-    leaves, grad = list(inputs), torch.randn_like(inputs[0])
-    options = {"dilation": case.dilation}
-    if case.rpb:
-        sides = (2 * case.kernel_size - 1,) * len(case.grid)
-        options["rpb"] = torch.randn(case.heads, *sides, requires_grad=True)
-        leaves.append(options["rpb"])
-
-    def run(function: Callable[..., Tensor], training: bool) -> Tensor:
-        with torch.set_grad_enabled(training):
-            out = function(*inputs, case.kernel_size, **options)
-        if training:
-            torch.autograd.grad(out, leaves, grad)
-        return out
-
-    torch.testing.assert_close(*(run(function, False) for function in SIDES.values()), rtol=1e-4, atol=1e-5)
-    pairs = product(SIDES.items(), (("forward", False), ("training", True)))
-    return _turns({f"{side} {what}": lambda f=f, t=t: run(f, t) for (side, f), (what, t) in pairs}, seconds)
+def measure_times(name: str, seconds: float) -> dict[str, float]:
+    """Milliseconds of both sides in processes of their own, `cpu forward` and so on."""
+    figures = {}
+    for side in list(SIDES) * ROUNDS:
+        for what, took in _ask("--time", name, side, str(seconds / len(SIDES) / ROUNDS / 2)).items():
+            figures[f"{side} {what}"] = min(took, figures.get(f"{side} {what}", took))
+    outs = _ask("--compare", name)
+    if outs["error"] is not None:
+        raise AssertionError(f"{name}: {outs['error']}")
+    return figures
 
 
-def time_routed(case: RoutedCase, seconds: float) -> dict[str, float]:
-    """Milliseconds of both sides, `cpu forward` and so on."""
-    *leaves, routes = routed_inputs(case)
-    grad = torch.randn_like(leaves[0])
-
-    def run(function: Callable[..., Tensor], training: bool) -> Tensor:
-        with torch.set_grad_enabled(training):
-            out = function(*leaves, routes, REGIONS)
-        if training:
-            torch.autograd.grad(out, leaves, grad)
-        return out
-
-    outs = (run(function, False) for function in ROUTED_SIDES.values())
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
-    pairs = product(ROUTED_SIDES.items(), (("forward", False), ("training", True)))
-    return _turns({f"{side} {what}": lambda f=f, t=t: run(f, t) for (side, f), (what, t) in pairs}, seconds)
+def compare(name: str) -> str | None:
+    """How the outputs of both sides differ, None where they agree."""
+    outs = [calls(_cases()[name], side)["forward"]() for side in SIDES]
+    try:
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    except AssertionError as error:
+        return str(error)
+    return None
 
 
-def time_model(seconds: float) -> dict[str, float]:
-    """Milliseconds of the whole model on 8 images of 224 x 224 with either function inside."""
-    torch.manual_seed(0)
-    model = zoo.create_model(MODEL).eval()
-    images = torch.randn(8, 3, 224, 224)
+def _cases() -> dict[str, Case | RoutedCase | str]:
+    return {case.name: case for case in (*CASES, *ROUTED_CASES)} | {f"{MODEL}, 8 images of 224x224": MODEL}
 
-    def run(function: Callable[..., Tensor], training: bool) -> Tensor:
-        ops.neighborhood_attention = function
-        try:
-            with torch.set_grad_enabled(training):
-                out = model(images)
-            if training:
-                model.zero_grad()
-                out.square().mean().backward()
-        finally:
-            ops.neighborhood_attention = SIDES["cpu"]
-        return out
 
-    torch.testing.assert_close(*(run(function, False) for function in SIDES.values()), rtol=1e-4, atol=1e-5)
-    pairs = product(SIDES.items(), (("forward", False), ("training", True)))
-    return _turns({f"{side} {what}": lambda f=f, t=t: run(f, t) for (side, f), (what, t) in pairs}, seconds)
+def _ask(*question: str) -> dict:
+    """What a fresh process answers."""
+    answer = subprocess.run([sys.executable, __file__, *question], capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(f"{' '.join(question)} failed:\n{answer.stderr}")
+    return json.loads(answer.stdout)
 
 
 # Memory -----------------------------------------------------------------------------------------------------
@@ -267,13 +282,7 @@ def _memory(field: str) -> int:
 
 def measure_memory(of: str) -> dict[str, float]:
     """Megabytes of both sides."""
-    megabytes = {}
-    for side in SIDES:
-        answer = subprocess.run(
-            [sys.executable, __file__, "--peak", of, side], capture_output=True, text=True, check=True
-        )
-        megabytes[f"{side} peak"] = int(answer.stdout) / 2**20
-    return megabytes
+    return {f"{side} peak": _ask("--peak", of, side)["bytes"] / 2**20 for side in SIDES}
 
 
 # Report -----------------------------------------------------------------------------------------------------
@@ -297,28 +306,20 @@ def _row(name: str, what: str, figures: dict[str, float], unit: str, goal: float
 def measure(only: str | None, seconds: float) -> list[dict]:
     """All rows of the report; `only` keeps the cases whose name contains it."""
     rows = []
-    for case in CASES:
-        if only is None or only in case.name:
-            figures = time_case(case, seconds)
-            rows.append(_row(case.name, "forward", figures, "ms", case.forward_goal))
-            rows.append(_row(case.name, "training", figures, "ms", case.training_goal))
-    for case in ROUTED_CASES:
-        if only is None or only in case.name:
-            figures = time_routed(case, seconds)
-            rows.append(_row(case.name, "forward", figures, "ms", case.forward_goal))
-            rows.append(_row(case.name, "training", figures, "ms", case.training_goal))
-    name = f"memory at {'x'.join(map(str, MEMORY_GRID))}"
-    if sys.platform == "linux" and (only is None or only in name):
-        rows.append(_row(name, "peak", measure_memory("neighborhood"), "MB", MEMORY_GOAL))
+    for name, case in _cases().items():
+        if only is None or only in name:
+            figures = measure_times(name, seconds)
+            goals = (MODEL_GOAL, None) if case == MODEL else (case.forward_goal, case.training_goal)
+            for what, goal in zip(("forward", "training"), goals, strict=True):
+                rows.append(_row(name, what, figures, "ms", goal))
     side, topk = ROUTED_MEMORY.side, ROUTED_MEMORY.topk
-    name = f"routed memory of training at {side}x{side}, {topk} regions"
-    if sys.platform == "linux" and (only is None or only in name):
-        rows.append(_row(name, "peak", measure_memory("routed"), "MB", ROUTED_MEMORY_GOAL))
-    name = f"{MODEL}, 8 images of 224x224"
-    if only is None or only in name:
-        figures = time_model(seconds)
-        rows.append(_row(name, "forward", figures, "ms", MODEL_GOAL))
-        rows.append(_row(name, "training", figures, "ms", None))
+    memory = {
+        "neighborhood": (f"memory at {'x'.join(map(str, MEMORY_GRID))}", MEMORY_GOAL),
+        "routed": (f"routed memory of training at {side}x{side}, {topk} regions", ROUTED_MEMORY_GOAL),
+    }
+    for of, (name, goal) in memory.items():
+        if sys.platform == "linux" and (only is None or only in name):
+            rows.append(_row(name, "peak", measure_memory(of), "MB", goal))
     return rows
 
 
@@ -333,14 +334,23 @@ def _processor() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="only cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=6.0, help="time for each case (default: 6)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time for each case (default: 8)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
+    parser.add_argument("--time", nargs=3, help=argparse.SUPPRESS)  # these three are asked of fresh processes
+    parser.add_argument("--compare", help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.time:
+        name, side, seconds = options.time
+        print(json.dumps(least_times(name, side, float(seconds))))
+        return 0
+    if options.compare:
+        print(json.dumps({"error": compare(options.compare)}))
+        return 0
     if options.peak:
         of, side = options.peak
-        print(PEAKS[of](side))
+        print(json.dumps({"bytes": PEAKS[of](side)}))
         return 0
 
     rows = measure(options.only, options.seconds)

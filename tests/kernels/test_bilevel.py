@@ -25,7 +25,7 @@ def way(request, monkeypatch):
     if request.param != "dense":
         monkeypatch.setattr(cpu, "DENSE_PRODUCTS", 0)
     if request.param == "one region at a time":
-        monkeypatch.setattr(cpu, "TOKENS_AT_ONCE", 1)
+        monkeypatch.setattr(cpu, "BYTES_AT_ONCE", 1)
 
 
 def inputs(
@@ -106,7 +106,7 @@ def test_the_cpu_path_agrees_with_the_definition_on_any_shape(data):
     lse = data.draw(st.booleans())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "DENSE_PRODUCTS", data.draw(st.sampled_from([0, 1 << 16])))
-        patch.setattr(cpu, "TOKENS_AT_ONCE", data.draw(st.sampled_from([1, 50, 1 << 16])))
+        patch.setattr(cpu, "BYTES_AT_ONCE", data.draw(st.sampled_from([1, 1000, 1 << 20])))
         results = {}
         for backend in BACKENDS:
             out = ops.bilevel_routing_attention(*made, return_lse=lse, backend=backend)
@@ -276,7 +276,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_the_number_of_routes(monkeypatch):
-    monkeypatch.setattr(cpu, "TOKENS_AT_ONCE", 256)
+    monkeypatch.setattr(cpu, "BYTES_AT_ONCE", 1 << 14)
     q, k, v, routes, regions = inputs((28, 28), (7, 7), 16, batch=1, dtype=torch.float32, grad=True)
     with _Largest() as seen:
         out = ops.bilevel_routing_attention(q, k, v, routes, regions, backend="cpu")
@@ -430,7 +430,7 @@ def test_means_and_routes_refuse_what_is_no_map_of_one_kind():
 def test_it_explains_itself():
     q, k, v, routes, regions = inputs((56, 56), (7, 7), 4, dtype=torch.float32)
     told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)
-    assert (told.backend, told.configuration) == ("cpu", "128 regions at once with 256 keys each")
+    assert (told.backend, told.configuration) == ("cpu", "98 regions at once with 256 keys each")
     q, k, v, routes, regions = inputs((14, 14), (7, 7), 16, dtype=torch.float32)
     told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)
     assert told.configuration == "one dense attention with a mask"
