@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.checks import without_autocast
+
 Tensors = Sequence[Tensor | None]
 
 
@@ -65,7 +67,8 @@ def register_attention(
         if grad_out is None:
             grad_out = torch.zeros_like(saved[tensors])
         wanted = flags(saved, needs)
-        found = iter(backward(grad_out, grad_lse, *saved, *ctx.values, *wanted))
+        with without_autocast(grad_out):  # dtypes are those of the forward pass, wherever backward is called
+            found = iter(backward(grad_out, grad_lse, *saved, *ctx.values, *wanted))
         back = (True, True, True, *given(saved, wanted))
         return (*(next(found) if there else None for there in back), *[None] * (len(needs) - len(back)))
 

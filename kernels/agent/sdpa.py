@@ -28,19 +28,20 @@ def agent_attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    bias = None if bias is None else bias.to(q.dtype)
     if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
         # The fused kernels of a CPU take a mask of two or four axes.
-        bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
+        bias = None if bias is None else bias.to(q.dtype)[(None,) * (4 - bias.ndim)]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     # Where a bias wants its gradient, SDPA is slower than the two products. Agents are few: scale them.
+    given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v, bias = (x.to(dtype) for x in (q, k, v, bias))
     q, k = (q * scale, k) if q.shape[2] < k.shape[2] else (q, k * scale)
     logits = q @ k.transpose(-2, -1)
     if not _may_hide(bias):
-        return (logits + bias).softmax(dim=-1) @ v
+        return ((logits + bias).softmax(dim=-1) @ v).to(given)
     nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)
     weights = (logits + bias.masked_fill(nothing, 0.0)).softmax(dim=-1)
-    return (weights @ v).masked_fill(nothing, 0.0)
+    return (weights @ v).masked_fill(nothing, 0.0).to(given)
 
 
 def _may_hide(bias: Tensor) -> bool:

@@ -57,6 +57,7 @@ def bilevel_routing_attention(
 def describe(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     routes: Tensor,
     regions: tuple[int, int],
     route_weights: Tensor | None,
@@ -65,7 +66,10 @@ def describe(
     """How a call would be computed, in words."""
     if _is_dense(q, k, routes, route_weights, return_lse):
         return "one dense attention with a mask"
-    rows, columns = regions if route_weights is not None else _at_once(k, routes, regions)
+    if route_weights is not None:
+        rows, columns = regions
+    else:
+        rows, columns = _at_once(k, routes, regions, q.shape[3] * max(q.shape[4], v.shape[4]))
     return f"{rows * columns} regions at once with {_chosen_keys(k, routes)} keys each"
 
 
@@ -83,10 +87,10 @@ def _chosen_keys(k: Tensor, routes: Tensor) -> int:
     return routes.shape[2] * k.shape[1] * k.shape[2] // routes.shape[1]
 
 
-def _at_once(k: Tensor, routes: Tensor, regions: tuple[int, int]) -> tuple[int, int]:
+def _at_once(k: Tensor, routes: Tensor, regions: tuple[int, int], channels: int) -> tuple[int, int]:
     """How many regions are taken together: rows of regions, or of one row so many columns."""
     rows, columns = len(routes) * regions[0], regions[1]
-    some = max(1, BYTES_AT_ONCE // (_chosen_keys(k, routes) * k.shape[3:].numel() * k.element_size()))
+    some = max(1, BYTES_AT_ONCE // (_chosen_keys(k, routes) * channels * k.element_size()))
     return max(1, min(rows, some // columns)), min(columns, some)
 
 
@@ -153,16 +157,17 @@ def _all_at_once(
 
 
 class _Regions(torch.autograd.Function):
-    """What `_all_at_once` does, on maps, a few rows of regions at a time: output, and LSE [B, Y, X, H]."""
+    """What `_all_at_once` does, on maps, some regions at a time: output, and LSE [B, Y, X, H]."""
 
     @staticmethod
     def forward(ctx, q, k, v, routes, regions, scale):  # noqa: ANN001, ANN205
         out = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        queries, *results = (_bands(x, regions) for x in (q, out, lse))
         for part, _, *keys in _parts(k, v, routes, regions):
-            some = (_bands(q, regions)[part].flatten(0, 1), *keys)
-            for whole, done in zip((out, lse), _flash(*map(_heads_first, some), scale=scale), strict=True):
-                whole = _bands(whole, regions)[part]
+            some = (queries[part].flatten(0, 1), *keys)
+            for whole, done in zip(results, _flash(*map(_heads_first, some), scale=scale), strict=True):
+                whole = whole[part]
                 whole.copy_(done.transpose(1, 2).reshape(whole.shape))
         ctx.save_for_backward(q, k, v, routes, out, lse)
         ctx.regions, ctx.scale = regions, scale
@@ -173,30 +178,40 @@ class _Regions(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):  # noqa: ANN001, ANN205
         q, k, v, routes, out, lse = ctx.saved_tensors
-        width, regions = q.shape[-1], ctx.regions
+        given, width, regions = q.dtype, q.shape[-1], ctx.regions
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         if grad_lse is not None:
             # The kernel subtracts the row sums of grad_out * out from the logits' gradient; grad_lse must be
-            # added to it. One more channel does: nothing in q, k and v, 1 in grad_out, -grad_lse in out.
+            # added to it. One more channel does: nothing in q, k and v, 1 in grad_out, -grad_lse in out. Its
+            # numbers may be too large for half precision.
+            q, k, v, grad_out, out = (x.to(lse.dtype) for x in (q, k, v, grad_out, out))
             q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
             grad_out = F.pad(grad_out, (0, 1), value=1.0)
-            out = torch.cat([out, -grad_lse[..., None].to(out.dtype)], dim=-1)
-        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+            out = torch.cat([out, -grad_lse[..., None]], dim=-1)
+        grad_q = q.new_empty(q.shape)
+        # Sums over all regions that chose a region.
+        grad_k, grad_v = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
+        sides = [_bands(x, regions) for x in (grad_out, q, out, lse[..., None], grad_q)]
         for part, strips, *keys in _parts(k, v, routes, regions):
-            queries = (_bands(x, regions)[part].flatten(0, 1) for x in (grad_out, q, out, lse[..., None]))
-            d_out, some_q, some_out, some_lse = map(_heads_first, queries)
+            *queries, whole = (x[part] for x in sides)
+            d_out, some_q, some_out, some_lse = (_heads_first(x.flatten(0, 1)) for x in queries)
             some = (d_out, some_q, *map(_heads_first, keys), some_out, some_lse[..., 0])
             grads = _flash_backward(*some, 0.0, False, scale=ctx.scale)
-            whole = _bands(grad_q, regions)[part]
             whole.copy_(grads[0].transpose(1, 2).reshape(whole.shape))
             for whole, grad in zip((grad_k, grad_v), grads[1:], strict=True):
                 whole = _strips(whole, regions)
-                whole.index_add_(0, strips, grad.transpose(1, 2).reshape(-1, *whole.shape[1:]))
-        return *(x[..., :width] for x in (grad_q, grad_k, grad_v)), None, None, None
+                grad = grad.transpose(1, 2).reshape(-1, *whole.shape[1:])
+                whole.index_add_(0, strips, grad.to(whole.dtype))
+        return *(x[..., :width].to(given) for x in (grad_q, grad_k, grad_v)), None, None, None
 
 
 def _bands(x: Tensor, regions: tuple[int, int]) -> Tensor:
-    """A map [B, Y, X, ...] as rows of regions, [B * rows, columns, height, width, ...], without a copy."""
+    """A map [B, Y, X, ...] as rows of regions, [B * rows, columns, height, width, ...].
+
+    A view where `x` is contiguous, otherwise maybe a copy; the last axis has stride 1, as the fused call,
+    named without its own checks, takes for granted.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = regions
     x = x.unflatten(2, (columns, x.shape[2] // columns)).unflatten(1, (rows, x.shape[1] // rows))
     return x.flatten(0, 1).transpose(1, 2)
@@ -219,7 +234,7 @@ def _parts(
     first = ((images * rows + routes // columns) * height) * columns + routes % columns
     strips = first[..., None] + columns * torch.arange(height)  # [B, p, topk, height]
     strips = strips.unflatten(1, regions).flatten(0, 1).flatten(2)  # [B * rows, columns, topk * height]
-    down, right = _at_once(k, routes, regions)
+    down, right = _at_once(k, routes, regions, k.shape[3:].numel())
     wholes = [_strips(x, regions) for x in (k, v)]
     rooms = [x.new_empty(down * right * strips.shape[2], *x.shape[1:]) for x in wholes]
     for row, column in product(range(0, len(strips), down), range(0, columns, right)):

@@ -209,8 +209,8 @@ def _check_maps(q: Tensor, k: Tensor) -> None:
 
 def _regions(q: Tensor, k: Tensor, regions: int | tuple[int, int]) -> tuple[int, int]:
     """Regions along both axes, which divide both maps."""
-    pair = (regions, regions) if hasattr(regions, "__index__") else tuple(regions)
-    if len(pair) != 2:
+    pair = (regions, regions) if hasattr(regions, "__index__") else regions
+    if not isinstance(pair, Sequence) or len(pair) != 2:
         raise ValueError(f"regions must be one number or (rows, columns), found {regions!r}")
     rows, columns = (_whole("regions", number) for number in pair)
     for name, (height, width) in (("q", q.shape[1:3]), ("k", k.shape[1:3])):
@@ -275,7 +275,7 @@ dispatch.OPERATIONS[OP] = (
         run=lambda call: cpu.bilevel_routing_attention(*_arguments(call), return_lse=call.return_lse),
         why_not=_cpu_why_not,
         configuration=lambda call: cpu.describe(
-            call.q, call.k, call.routes, call.regions, call.route_weights, call.return_lse
+            call.q, call.k, call.v, call.routes, call.regions, call.route_weights, call.return_lse
         ),
     ),
     dispatch.Backend(

@@ -75,6 +75,8 @@ class BlockList:
         Raises: ValueError for wrong shapes; for a number outside the keys or twice in a row, unless `check`
             is False (looking at the values waits for the device).
         """
+        if isinstance(key_blocks, bool) or not hasattr(key_blocks, "__index__"):
+            raise ValueError(f"key_blocks must be a whole number, found {key_blocks!r}")
         key_blocks = index(key_blocks)
         for name, x in (("indices", indices), ("offsets", offsets)):
             if x is not None and (x.is_floating_point() or x.dtype == torch.bool):
@@ -117,8 +119,12 @@ class BlockList:
         """
         if device is None:
             device = lengths.device if isinstance(lengths, Tensor) else "cpu"
-        queries = torch.as_tensor(lengths, device="cpu", dtype=torch.int64)
-        keys = queries if key_lengths is None else torch.as_tensor(key_lengths, device="cpu").long()
+        queries = torch.as_tensor(lengths, device="cpu")
+        keys = queries if key_lengths is None else torch.as_tensor(key_lengths, device="cpu")
+        for name, x in (("lengths", queries), ("key_lengths", keys)):
+            if x.ndim != 1 or (len(x) and (x.is_floating_point() or x.dtype == torch.bool)):
+                raise ValueError(f"{name} must be [groups] whole numbers, found {x.tolist()}")
+        queries, keys = queries.long(), keys.long()
         for name, x in (("lengths", queries), ("key_lengths", keys)):
             if x.ndim != 1 or x.shape != queries.shape or bool((x < 0).any()):
                 raise ValueError(

@@ -67,7 +67,7 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float, norm: str) -> Ca
         raise ValueError(f"x must be [B, *tokens, C] with a channel, found shape {tuple(x.shape)}")
     if norm not in NORMS:
         raise ValueError(f"norm must be {' or '.join(NORMS)}, found {norm!r}")
-    if isinstance(eps, Tensor) or not eps >= 0:
+    if not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"eps must be a number that is not negative, found {eps!r}")
     scale, shift = per_image("scale", scale, x), per_image("shift", shift, x)
     dtype = dtype_of_call(x=x, scale=scale, shift=shift)

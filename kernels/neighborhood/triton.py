@@ -187,7 +187,7 @@ def _table_gradient(
     config = launch.config_of("drelative", q, v)
     policy = tiling_of(axes)(config.queries, config.keys)
     tq, tk, *sides = policy.shape[:8]
-    low, counts, index = _places(tuple(a.kernel_size for a in axes), tuple(sides))
+    low, counts, _ = _places(tuple(a.kernel_size for a in axes), tuple(sides))
     places, work = prod(counts), batch * policy.query_tiles
     splits = max(1, min(work, PROGRAMS // (heads * places)))
     sums = rows.new_empty(splits, heads, places * tq * tk)
@@ -201,8 +201,14 @@ def _table_gradient(
         **launch.constants(q, v),
     )  # fmt: skip
     # Every offset has one key for each query of a tile: a gather and a sum, in a fixed order.
-    entries = torch.from_numpy(index).to(q.device)
+    entries = _entries(tuple(a.kernel_size for a in axes), tuple(sides), q.device)
     return sums.sum(dim=0)[:, entries].sum(dim=-1).view(rpb.shape).to(rpb.dtype)
+
+
+@lru_cache(maxsize=64)
+def _entries(kernel_size: tuple[int, ...], sides: tuple[int, ...], device: torch.device) -> Tensor:
+    """The last of `_places` on a device, copied there once: a copy waits, and no CUDA graph can record it."""
+    return torch.from_numpy(_places(kernel_size, sides)[2]).to(device)
 
 
 @lru_cache(maxsize=64)

@@ -81,7 +81,7 @@ def _check(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | N
         raise ValueError(
             f"x must be [B, *tokens, H, D] with a head and a channel, found shape {tuple(x.shape)}"
         )
-    if isinstance(eps, Tensor) or not eps >= 0:
+    if not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"eps must be a number that is not negative, found {eps!r}")
     width = x.shape[-1]
     if weight is not None and tuple(weight.shape) != (width,):

@@ -231,7 +231,7 @@ def constants(q: Tensor, v: Tensor) -> dict[str, Any]:
     if torch.version.hip is not None:
         precision = "ieee"
     else:
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     return {
         "D": q.shape[-1],
         "DV": v.shape[-1],

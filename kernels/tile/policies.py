@@ -461,7 +461,10 @@ def table_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_
 @triton.jit
 def key_bias(B, P, SHAPE: tl.constexpr, o_q, o_k, m_q, m_k, of_q, of_k, ok, i_b, i_h, Q: tl.constexpr):
     """A number for each key of an image. B = (numbers, their strides of an image and a key)."""
-    return along(tl.load(B[0] + i_b * B[1] + o_k.to(tl.int64) * B[2], mask=m_k, other=0.0), 1 - Q)
+    b = along(tl.load(B[0] + i_b * B[1] + o_k.to(tl.int64) * B[2], mask=m_k, other=0.0), 1 - Q)
+    if Q == 1:  # dk and dv sum over queries: those past the end must keep a logit of 0
+        b = tl.where(along(m_q, Q), b, 0.0)
+    return b
 
 
 @triton.jit

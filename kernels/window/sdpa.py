@@ -34,6 +34,7 @@ def window_attention(
 
     def weigh(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if fused:
+            bias = None if bias is None else bias.to(q.dtype)  # CUDA's kernels take no other
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
         logits = (q.to(dtype) * scale) @ k.to(dtype).mT
         logits = logits if bias is None else logits + bias

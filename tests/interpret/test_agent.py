@@ -49,6 +49,14 @@ def test_however_a_bias_is_shared(into, out_of, small_tiles):
     compare(inputs(21, 5, 18, batch=2, heads=2, kv_heads=1), bias(*into), bias(*out_of))
 
 
+def test_a_large_bias_of_keys_stays_out_of_the_rows_past_the_end():
+    # One agent is one row of a tile; e to the power of 12 is more than half precision holds.
+    leaves = [x.detach().half().requires_grad_() for x in inputs(8, 1)]
+    out = ops.agent_attention(*leaves, bias_in=torch.full((1, 8), 12.0), backend="triton")
+    for grad in torch.autograd.grad(out.sum(), leaves):
+        assert grad.isfinite().all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "agents", "dim"), [(1, 1, 10), (2, 3, 12), (17, 9, 59), (97, 49, 111)])
 def test_any_length_and_width_is_exact(n, agents, dim):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo import ops
+from zoo.kernels.tile import launch
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -120,6 +122,13 @@ def test_the_operator_is_one_to_tracers():
         results.append([out, *torch.autograd.grad(out, leaves)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_pytorchs_newer_switch_of_precision_is_understood(precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=precision))
+    q, k, v = inputs(5, 5, dtype=torch.float32)
+    assert launch.constants(q, v)["PREC"] == {"tf32": "tf32", "ieee": "tf32x3"}[precision]
 
 
 @pytest.mark.slow

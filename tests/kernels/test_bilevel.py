@@ -262,6 +262,47 @@ def test_what_is_not_chosen_does_not_leak(backend, bad, way):
     )
 
 
+@pytest.mark.parametrize("order", [(0, 3, 4, 1, 2), (0, 1, 2, 4, 3)], ids=["NCHW", "channels first"])
+@pytest.mark.parametrize(("grid", "regions"), [((8, 6), (4, 1)), ((8, 6), (1, 1)), ((1, 12), (1, 4))])
+def test_tensors_may_lie_in_memory_in_any_order(grid, regions, order, monkeypatch):
+    monkeypatch.setattr(cpu, "DENSE_PRODUCTS", 0)
+    made = inputs(grid, regions, 1, dim=16, dtype=torch.float32)
+    back = [order.index(axis) for axis in range(5)]
+    shuffled = [x.permute(order).contiguous().permute(back).requires_grad_() for x in made[:3]]
+    assert shuffled[0].stride(-1) != 1
+    plain = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in made[:3]]
+    grad = torch.randn(made[0].permute(order).shape).permute(back)
+    results = []
+    for leaves, backend in ((shuffled, "cpu"), (plain, "reference")):
+        out = ops.bilevel_routing_attention(*leaves, *made[3:], backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_over_many_parts_are_not_rounded_on_the_way(monkeypatch):
+    monkeypatch.setattr(cpu, "DENSE_PRODUCTS", 0)
+    monkeypatch.setattr(cpu, "BYTES_AT_ONCE", 1)
+    *leaves, routes, regions = inputs((16, 16), (8, 8), 48, batch=1, dim=8)
+    grad = torch.randn_like(leaves[0])
+    errors = []
+    wanted = None
+    for dtype in (torch.float64, torch.bfloat16):
+        some = [x.detach().bfloat16().to(dtype).requires_grad_() for x in leaves]
+        out = ops.bilevel_routing_attention(*some, routes, regions, backend="cpu")
+        found = [x.double() for x in torch.autograd.grad(out, some, grad.bfloat16().to(dtype))]
+        wanted = found if wanted is None else wanted
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    assert max(errors) < 5e-3
+
+
+def test_a_scaled_gradient_of_the_lse_fits_into_half_precision():
+    q, k, v, routes, regions = inputs(dtype=torch.float16)
+    q, k = ((x / 16).requires_grad_() for x in (q, k))
+    _, lse = ops.bilevel_routing_attention(q, k, v, routes, regions, return_lse=True, backend="cpu")
+    for grad in torch.autograd.grad(lse, (q, k), torch.full_like(lse, 65536.0)):
+        assert grad.isfinite().all()
+
+
 class _Largest(TorchDispatchMode):
     """Remember how many elements the largest result has."""
 
@@ -385,6 +426,7 @@ def test_padding_is_left_out_of_the_means():
         ({"regions": (4, 2)}, "regions 4 x 2 must divide q's map of 6 x 8"),
         ({"regions": (3, 2, 1)}, "regions must be one number or"),
         ({"regions": True}, "regions must be a whole number, found True"),
+        ({"regions": 2.0}, "regions must be one number or .rows, columns., found 2.0"),
         ({"regions": (0, 2)}, "regions 0 x 2 must divide"),
         ({"q": torch.zeros(2, 6, 8, 4)}, "q must be .* found .2, 6, 8, 4."),
         ({"k": torch.zeros(2, 6, 8, 2, 5)}, "k must be .* width 4"),
@@ -431,6 +473,10 @@ def test_it_explains_itself():
     q, k, v, routes, regions = inputs((56, 56), (7, 7), 4, dtype=torch.float32)
     told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)
     assert (told.backend, told.configuration) == ("cpu", "98 regions at once with 256 keys each")
+    # What is copied of keys that heads share is as wide as all heads.
+    q, k, v, routes, regions = inputs((56, 56), (7, 7), 4, heads=8, kv_heads=1, dim=32, dtype=torch.float32)
+    told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)
+    assert told.configuration == "7 regions at once with 256 keys each"
     q, k, v, routes, regions = inputs((14, 14), (7, 7), 16, dtype=torch.float32)
     told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)
     assert told.configuration == "one dense attention with a mask"

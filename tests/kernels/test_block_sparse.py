@@ -101,6 +101,11 @@ def test_other_wrong_arguments_of_lists_are_refused():
         BlockList.from_mask(torch.ones(2, 2).bool(), block_size=0)
     with pytest.raises(ValueError, match="lengths must hold one length, at least 0"):
         BlockList.from_segments([3, -1])
+    for lengths in (5, [2.5, 3.7], [True, False]):
+        with pytest.raises(ValueError, match=r"lengths must be \[groups\] whole numbers"):
+            BlockList.from_segments(lengths)
+    with pytest.raises(ValueError, match="key_blocks must be a whole number, found 2.0"):
+        BlockList.from_indices(torch.zeros(2, 1, dtype=torch.long), key_blocks=2.0)
 
 
 # The definition --------------------------------------------------------------------------------------------
@@ -364,6 +369,21 @@ def test_forward_mode_differentiation_takes_the_definition():
     torch.testing.assert_close(tangent, difference, rtol=1e-6, atol=1e-8)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         ops.block_sparse_attention(q, k, v, blocks, backend="cpu")
+
+
+def test_backward_may_be_called_under_autocast():
+    q, k, v = inputs(16, dtype=torch.float32, grad=True)
+    blocks = BlockList.from_mask(random_mask(4, 4), block_size=4)
+    grads = []
+    for inside in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = ops.block_sparse_attention(q, k, v, blocks).float().square().sum()
+            if inside:
+                grads.append(torch.autograd.grad(loss, (q, k, v)))
+        if not inside:
+            grads.append(torch.autograd.grad(loss, (q, k, v)))
+    for outside, inside in zip(*grads, strict=True):
+        torch.testing.assert_close(inside, outside, rtol=0.05, atol=0.05)
 
 
 def test_autocast_computes_in_its_dtype():

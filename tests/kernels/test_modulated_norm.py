@@ -77,6 +77,7 @@ def test_compile_and_export_with_any_batch_and_length():
         ({"scale": torch.zeros(2, 5, 6)}, r"scale must be \[2, 6\], also with axes of one token"),
         ({"shift": torch.zeros(1, 6)}, r"shift must be \[2, 6\], .* found \(1, 6\)"),
         ({"norm": "batch"}, "norm must be layer or rms, found 'batch'"),
+        ({"eps": None}, "eps must be a number that is not negative, found None"),
         ({"eps": -1.0}, "eps must be a number that is not negative, found -1.0"),
     ],
 )

@@ -99,6 +99,7 @@ def test_compile_and_export_with_any_batch_and_length():
         ({"cos": torch.zeros(5, 3).long()}, "cos must be float64"),
         ({"sin": torch.zeros(5, 3, device="meta")}, "sin must be on x's device cpu"),
         ({"x": torch.zeros(2, 5, 2, 5), "weight": None}, "x must have pairs of channels .* found 5 channels"),
+        ({"eps": None}, "eps must be a number that is not negative, found None"),
         ({"eps": -1.0}, "eps must be a number that is not negative"),
     ],
 )
