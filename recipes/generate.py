@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,7 @@ def _pipeline(source: str | Path | Trained, sampler: str | None) -> tuple[Any, d
         return pipe, {"guidance": 2.0, "steps": 25, "interval": (0.0, 1.0)}
     trained = source if isinstance(source, Trained) else load_trained(source)
     if sampler is not None and trained.recipe is not None and trained.recipe.task == "generation":
+        trained = replace(trained, recipe=deepcopy(trained.recipe))
         trained.recipe.sampling.sampler = sampler
     pipe = pipeline_of(trained)
     how = trained.recipe.sampling

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save
+from timm.utils import natural_key
 from torch import Tensor
 
 from zoo.errors import ConfigError, DataError
@@ -21,7 +22,8 @@ Encode = Callable[[Tensor, str, list[Tensor]], dict[str, Tensor]]
 
 
 class Captioned:
-    """Latents and text embeddings of `root/split`: `<name>.png` or frames in `<name>/`, and `<name>.txt`.
+    """Latents and text embeddings of `root/split`: `<name>.png` or frames in `<name>/`
+    (frame 2 before frame 10), and `<name>.txt`.
 
     Conditions of an image are `<name>.1.png`, `<name>.2.png`, as many as `conditions`; what has another
     number, or no item `<name>` beside it, is an item too. `encoder()` is called if anything is not in the
@@ -77,7 +79,8 @@ class Captioned:
         stem = item.with_suffix("") if item.is_file() else item
         frames = [item]
         if item.is_dir():
-            frames = sorted(file for file in item.iterdir() if file.suffix.lower() in ENDINGS)
+            frames = [file for file in item.iterdir() if file.suffix.lower() in ENDINGS]
+            frames.sort(key=lambda file: (natural_key(file.name), file.name))
         conditions = [stem.with_name(f"{stem.name}.{i + 1}.png") for i in range(self.conditions)]
         return stem.with_name(f"{stem.name}.txt"), frames[: self.frames], conditions
 

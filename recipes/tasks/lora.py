@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from timm.utils import natural_key
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
@@ -74,7 +75,8 @@ def predict_hunyuan(
 
 def predict_flux(model: nn.Module, x: Tensor, t: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
     """Velocity [B, C, y, x] of Flux; conditions are further tokens, numbered by the first column of ids."""
-    parts = [x, *(told[name] for name in sorted(told) if name.startswith("condition"))]
+    conditions = sorted((name for name in told if name.startswith("condition")), key=natural_key)
+    parts = [x, *(told[name] for name in conditions)]
     ids = []
     for number, each in enumerate(parts):
         rows, columns = each.shape[-2] // 2, each.shape[-1] // 2
@@ -341,7 +343,12 @@ class LoraTask(base.Task):
 
         pipeline = getattr(diffusers, KINDS[trained.recipe.model.name].pipeline)
         adapters = get_peft_model_state_dict(trained.model, adapter_name="default")
-        pipeline.save_lora_weights(folder, transformer_lora_layers=adapters)
+        # Without its configuration an adapter would be read as one whose alpha is its rank.
+        told = trained.model.peft_config["default"].to_dict()
+        told = {name: sorted(value) if isinstance(value, set) else value for name, value in told.items()}
+        pipeline.save_lora_weights(
+            folder, transformer_lora_layers=adapters, transformer_lora_adapter_metadata=told
+        )
 
 
 def _as_it_is(tensors: dict[str, Tensor], target: int) -> tuple[dict[str, Tensor], int]:

@@ -230,8 +230,8 @@ class AgentProcessor(Processor):
 
     config: AgentConfig
 
-    def __init__(self, name: str, *args: Any) -> None:
-        super().__init__(name, *args)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.source: Tensor | None = None
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:

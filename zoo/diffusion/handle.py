@@ -6,7 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -160,7 +160,19 @@ class Processor:
     # What `prepare` gave to this forward and what `attend` found in it: another object for every forward.
     memory: Any = None
 
-    def __init__(self, name: str, adapter: Adapter, original: Any, state: State, config: Any) -> None:
+    def __init__(
+        self,
+        name: str = "",
+        adapter: Adapter | None = None,
+        original: Any = None,
+        state: State | None = None,
+        config: Any = None,
+    ) -> None:
+        if adapter is None or state is None:
+            raise ConfigError(
+                f"diffusers wants to make new processors, as for an IP-Adapter, found {type(self).__name__}; "
+                "remove the handle before that"
+            )
         self.name = name
         self.adapter = adapter
         self.original = original
@@ -286,18 +298,18 @@ class Processor:
             plan = group.plan
             if group.rows is None or self.image_only:
                 return attend(query, key, value, layout, plan)
-            part_query, part_key, part_value = (x[group.rows] for x in (query, key, value))
-            part_key, part_value = (x.index_select(1, group.tokens) for x in (part_key, part_value))
+            # Offloading moves the inputs after the groups were made.
+            rows, tokens = group.rows.to(query.device), group.tokens.to(query.device)
+            part_query, part_key, part_value = (x[rows] for x in (query, key, value))
+            part_key, part_value = (x.index_select(1, tokens) for x in (part_key, part_value))
             if self.adapter.drops_padding:
                 part_layout = replace(layout, text=group.text)
-                part = attend(
-                    part_query.index_select(1, group.tokens), part_key, part_value, part_layout, plan
-                )
+                part = attend(part_query.index_select(1, tokens), part_key, part_value, part_layout, plan)
                 # What is left of the text comes first, zeros after it: as the model does.
                 part = functional.pad(part, (0, 0, 0, 0, 0, layout.text - group.text))
             else:
                 part = attend(part_query, part_key, part_value, layout, plan)
-            out = (torch.zeros_like(query) if out is None else out).index_copy(0, group.rows, part)
+            out = (torch.zeros_like(query) if out is None else out).index_copy(0, rows, part)
         return out
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Any) -> Tensor:
@@ -352,8 +364,9 @@ class Handle:
 
     A model in training mode is sparse at every call, `dense_steps` or not: it is trained at random times, and
     what was counted or remembered of a generation before is forgotten.
-    Steps are counted by changes of the timestep, which guidance does not make; where a pipeline's scheduler
-    evaluates several times in a step (Heun, KDPM2), by the scheduler.
+    Steps are counted by changes of the timestep, which guidance does not make; where the scheduler of the
+    pipeline that was changed evaluates several times in a step (Heun, KDPM2), by the scheduler. (Another
+    pipeline that shares the transformer has a scheduler that is not asked.)
     """
 
     def __init__(
@@ -412,15 +425,16 @@ class Handle:
     def reset(self) -> None:
         """Start counting steps anew.
 
-        Needed after a generation that was broken off, and before one that starts less noisy than the last
-        one ended, such as image to image of low strength after few steps: both look like going on.
+        Needed where no scheduler tells where a generation begins (a transformer without its pipeline, a
+        scheduler without a `step_index`): after one that was broken off, and before one that starts less
+        noisy than the last one ended, such as image to image of low strength. Both look like going on.
         """
         self._forget_generation()
         self._state.live.clear()
 
     def _forget_generation(self) -> None:
         self._step, self._timestep = -1, float("-inf")
-        self._scheduler_calls, self._is_driven = 0, False
+        self._scheduler_calls, self._has_begun, self._is_driven = 0, False, False
         self._prompts: list[Tensor] = []
         self._first_prompt = self._next_prompt = 0
         self._call = Call()
@@ -442,6 +456,11 @@ class Handle:
             for name, original in site.originals.items():
                 if site.layers[name].processor is site.processors.get(name):
                     site.layers[name].processor = original
+            # What `unfuse_qkv_projections` would put back.
+            fused = getattr(site.model, "original_attn_processors", None) or {}
+            for name, processor in fused.items():
+                if isinstance(processor, Processor) and processor.state is self._state:
+                    fused[name] = processor.original
         self._active = False
         for site in self._sites:
             for module, function in checkpointing_of(site.model):
@@ -481,6 +500,12 @@ class Handle:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model must not take the pipeline along."""
         return {**vars(self), "_target": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__setstate__(deepcopy(self.__getstate__(), memo))
+        made._target = memo.get(id(self._target))  # a pipeline that is copied as a whole counts the steps
+        return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -639,35 +664,30 @@ class Handle:
         """Count changes, not calls: guidance calls the model twice per step. A step back is a new generation.
 
         Frames that are given, not made, may have a timestep of 0 of their own: the noisiest token counts.
-        Returns: whether this is the first call with this timestep.
+        The pipeline's scheduler knows better where it drives the model, that is where it begins and goes on
+        with the timesteps: when a generation begins, and how many evaluations a step has, whose timesteps may
+        repeat or rise.
+        Returns: whether this is the first call of a step.
         """
         now = float(torch.as_tensor(timestep).detach().max())
         now = -now if rises else now
-        is_first_call = now != self._timestep
-        if now > self._timestep:
-            self._step = 0
-        elif now < self._timestep:
-            self._step += 1
-        self._timestep = now
-        step = self._step_of_scheduler(is_first_call)
-        self._step = self._step if step is None else step
-        return is_first_call
-
-    def _step_of_scheduler(self, is_first_call: bool) -> int | None:
-        """The step, as the pipeline's scheduler counts, where one step has several timesteps.
-
-        None for all other schedulers, and where this one does not begin and go on with the timesteps: the
-        model is called without its pipeline.
-        """
         scheduler = getattr(self._target, "scheduler", None)
-        order, calls = getattr(scheduler, "order", 1), getattr(scheduler, "step_index", None)
-        begin = getattr(scheduler, "begin_index", None) or 0
-        calls = begin if calls is None else calls  # it begins to count at the end of the first step
-        if is_first_call:
-            is_new = self._step == 0
-            self._is_driven = calls == begin if is_new else self._is_driven and calls != self._scheduler_calls
-        self._scheduler_calls = calls
-        return (calls - begin) // order if order > 1 and self._is_driven else None
+        order, begin = getattr(scheduler, "order", 1), getattr(scheduler, "begin_index", None) or 0
+        calls = getattr(scheduler, "step_index", None)
+        calls = begin if calls is None else calls  # some begin to count at the end of the first step
+        goes_on = self._is_driven and calls != self._scheduler_calls
+        begins = calls == begin and self._has_begun
+        is_new = begins or (now > self._timestep and not goes_on)
+        is_change, before = now != self._timestep, self._step
+        if is_new:
+            self._step, self._is_driven = 0, calls == begin
+        elif is_change:
+            self._step, self._is_driven = self._step + 1, goes_on
+        self._timestep, self._scheduler_calls, self._has_begun = now, calls, calls != begin
+        if order == 1 or not self._is_driven:
+            return is_new or is_change
+        self._step = (calls - begin) // order
+        return is_new or self._step != before
 
     def _number_prompt(self, prompt: Tensor) -> None:
         """Tell prompts apart by what they are: a generation that follows one that was broken off in its first

@@ -5,6 +5,7 @@ One direction everywhere: time 1 is noise and 0 the image; models and schedulers
 
 import inspect
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import diffusers
@@ -127,13 +128,16 @@ class ImagePipeline(DiffusionPipeline):
             classes=list(classes), words=list(words), sample_shape=[int(n) for n in sample_shape]
         )
 
-    def labels(self, classes: Sequence[int | str]) -> Tensor:
+    def labels(self, classes: int | str | Sequence[int | str]) -> Tensor:
         """Class numbers from numbers or names. Raises ConfigError."""
+        classes = [classes] if isinstance(classes, int | str) else list(classes)
+        if not classes:
+            raise ConfigError("class_labels must name at least one class, found none")
         known = {str(name): number for number, name in enumerate(self.config.classes)}
         count = self.transformer.num_classes
         found = []
         for each in classes:
-            number = each if isinstance(each, int) else known.get(each, -1)
+            number = index(each) if hasattr(each, "__index__") else known.get(each, -1)
             if number < 0 and str(each).isdecimal():
                 number = int(each)
             if not 0 <= number < count:
@@ -143,7 +147,7 @@ class ImagePipeline(DiffusionPipeline):
         return torch.tensor(found)
 
     def conditions(
-        self, class_labels: Sequence[int | str] | None, prompt: str | Sequence[str] | None
+        self, class_labels: int | str | Sequence[int | str] | None, prompt: str | Sequence[str] | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What the transformer is told for each image, and what it is told for none. Raises ConfigError."""
         is_of_classes = hasattr(self.transformer, "y_embedder")
@@ -157,12 +161,12 @@ class ImagePipeline(DiffusionPipeline):
             encoder = WordEncoder(self.config.words, self.transformer.config.text_dim)
             found = encoder([prompt] if isinstance(prompt, str) else prompt)
             found = list(found), [torch.zeros_like(each) for each in found]
-        return tuple([each.to(self.device) for each in part] for part in found)
+        return tuple([each.to(self._execution_device) for each in part] for part in found)
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | str] | None = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
         prompt: str | Sequence[str] | None = None,
         *,
         guidance_scale: float = 2.0,
@@ -181,15 +185,20 @@ class ImagePipeline(DiffusionPipeline):
         conditions, nothing = self.conditions(class_labels, prompt)
         shape = (len(conditions[0]), *self.config.sample_shape)
         # Drawn on the CPU, so that a seed means the same images on every machine.
-        noise = torch.randn(shape, generator=generator).to(self.device, self.transformer.dtype)
-        x = sample(
-            self.transformer.eval(), self.scheduler, noise, conditions, nothing,
-            guidance=guidance_scale, interval=guidance_interval, steps=num_inference_steps,
-            generator=generator,
-        )  # fmt: skip
+        noise = torch.randn(shape, generator=generator).to(self._execution_device, self.transformer.dtype)
+        was_training = self.transformer.training
+        try:
+            x = sample(
+                self.transformer.eval(), self.scheduler, noise, conditions, nothing,
+                guidance=guidance_scale, interval=guidance_interval, steps=num_inference_steps,
+                generator=generator,
+            )  # fmt: skip
+            pixels = x if output_type == "latent" else to_pixels(x, self.vae)
+        finally:
+            self.transformer.train(was_training)
+            self.maybe_free_model_hooks()
         if output_type == "latent":
-            return ImagePipelineOutput(images=x) if return_dict else (x,)
-        pixels = to_pixels(x, self.vae)
+            return ImagePipelineOutput(images=pixels) if return_dict else (pixels,)
         images: Any = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)

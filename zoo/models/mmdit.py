@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -289,7 +288,16 @@ class MMDiT(nn.Module):
         """What a block is asked for: masks for the next step, or in training for this one."""
         if keywords is None:
             return None
-        return keywords.routed_by if self.training else partial(keywords.look, layer)
+        if self.training:
+            return keywords.routed_by
+        waiting = [keywords]
+
+        def look(query_image: Tensor, key_text: Tensor) -> None:
+            # A block that is computed again for its gradient must not undo what later steps have found.
+            if waiting:
+                waiting.pop().look(layer, query_image, key_text)
+
+        return look
 
     def layout_of(
         self, layout: TokenLayout, spatial: Sequence[Tensor], subjects: Sequence[Tensor]

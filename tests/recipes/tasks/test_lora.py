@@ -194,7 +194,7 @@ def test_adapters_train_under_a_sparse_attention_and_resume_exactly(run, kind, t
 
 @pytest.mark.slow
 def test_adapters_load_into_their_pipeline(run, wan, tmp_path):
-    folder = run("wan", "adapted", "optim.epochs=1").folder
+    folder = run("wan", "adapted", "optim.epochs=1", "lora.rank=2", "lora.alpha=8").folder
     model = diffusers.WanTransformer3DModel.from_pretrained(wan, subfolder="transformer")
     pipe = diffusers.WanPipeline.from_pretrained(wan, transformer=model)
     inputs = tiny.wan_inputs(batch=1)
@@ -208,6 +208,7 @@ def test_adapters_load_into_their_pipeline(run, wan, tmp_path):
         name: x.shape for name, x in loaded.items() if ".lora_" in name
     }
     assert all(torch.equal(x, loaded[name.replace("default", "default_0")]) for name, x in saved.items())
+    torch.testing.assert_close(after, trained.eval()(**inputs)[0])  # alpha is not the rank
     pipe.unload_lora_weights()
 
 

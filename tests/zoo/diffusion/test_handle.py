@@ -347,6 +347,21 @@ def test_projections_may_be_fused_and_unfused_while_applied(flux, inputs):
         assert same(outputs(flux, inputs()), wanted)
 
 
+def test_nothing_of_a_handle_comes_back_when_projections_are_unfused_after_it(flux):
+    stock = {name: type(processor) for name, processor in flux.attn_processors.items()}
+    with diffusion.apply_neighborhood(flux, 3):
+        flux.fuse_qkv_projections()
+    flux.unfuse_qkv_projections()
+    assert {name: type(processor) for name, processor in flux.attn_processors.items()} == stock
+
+
+def test_diffusers_is_told_why_it_cannot_make_processors_anew(flux):
+    with diffusion.apply_neighborhood(flux, 3):
+        processor = next(iter(flux.attn_processors.values()))
+        with pytest.raises(ConfigError, match="NeighborhoodProcessor; remove the handle before that"):
+            type(processor)()  # as an IP-Adapter does
+
+
 def test_positional_arguments_are_understood(flux, inputs):
     x = inputs()
     names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")

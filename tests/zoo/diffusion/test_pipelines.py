@@ -372,25 +372,49 @@ def test_dense_steps_count_over_all_calls_and_transformers(method, tiny):
 
 
 @pytest.mark.parametrize(
-    ("tiny", "scheduler", "guided"),
-    [(SD3, "FlowMatchHeunDiscreteScheduler", True), (SD15, "HeunDiscreteScheduler", False),
-     (SD15, "KDPM2DiscreteScheduler", True), (SD15, "KDPM2AncestralDiscreteScheduler", False)],
+    ("tiny", "scheduler", "guided", "steps"),
+    [(SD3, "FlowMatchHeunDiscreteScheduler", True, 4), (SD15, "HeunDiscreteScheduler", False, 4),
+     (SD15, "KDPM2DiscreteScheduler", True, 4),
+     # Of 10 steps some of its timesteps rise within the generation.
+     (SD15, "KDPM2AncestralDiscreteScheduler", False, 10)],
     ids=str,
 )  # fmt: skip
-def test_a_scheduler_that_evaluates_twice_in_a_step_has_its_own_count(tiny, scheduler, guided):
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "copied"])
+def test_a_scheduler_that_evaluates_twice_in_a_step_has_its_own_count(tiny, scheduler, guided, steps, copied):
     pipe = tiny.pipe()
-    pipe.scheduler = getattr(diffusers, scheduler)()
+    config = pipe.scheduler.config if "KDPM2Ancestral" in scheduler else {}
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
     guidance = tiny.guidance if guided else dict.fromkeys(tiny.guidance, 1.0)
     change = diffusion.apply_agent if tiny is SD15 else partial(apply, "neighborhood")
     with change(pipe, dense_steps=2) as handle:
+        if copied:
+            pipe = copy.deepcopy(pipe)
+            (handle,) = diffusion.handles(pipe)
         for _ in range(2):
             before = handle.stats()
-            tiny.generate(pipe, steps=4, **guidance)
-            assert handle.step == 3
-            # Of 7 evaluations, the last step having one, the 4 of the first two steps are dense.
-            layers = len(handle.layers)
-            assert handle.stats().calls - before.calls == 7 * layers
-            assert handle.stats().sparse_calls - before.sparse_calls == 3 * layers
+            tiny.generate(pipe, steps=steps, **guidance)
+            assert handle.step == steps - 1
+            # The last step has one evaluation, the others two; the 4 of the first two steps are dense.
+            calls, layers = 2 * steps - 1, len(handle.layers)
+            assert handle.stats().calls - before.calls == calls * layers
+            assert handle.stats().sparse_calls - before.sparse_calls == (calls - 4) * layers
+
+
+def test_a_generation_that_starts_less_noisy_than_the_last_one_ended_begins_anew():
+    pipe = SD15.pipe()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with diffusion.apply_agent(pipe, dense_steps=1) as handle:
+        steps = []
+        pipe.unet.register_forward_pre_hook(lambda *_: steps.append(handle.step))
+        for begin, end in ((0, 2), (3, 5)):  # broken off after two steps; image to image
+            pipe.scheduler.set_timesteps(5)
+            pipe.scheduler.set_begin_index(begin)
+            x = torch.zeros(SD15.inputs()["sample"].shape)
+            for timestep in pipe.scheduler.timesteps[begin:end]:
+                x = pipe.scheduler.scale_model_input(x, timestep)
+                noise = output(pipe.unet, {**SD15.inputs(), "sample": x, "timestep": timestep})
+                x = pipe.scheduler.step(noise, timestep, x).prev_sample
+    assert steps == [0, 1, 0, 1]
 
 
 def test_a_scheduler_that_stands_still_does_not_hold_the_count():

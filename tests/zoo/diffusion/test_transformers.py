@@ -25,7 +25,7 @@ from torch._dynamo.testing import CompileCounter
 
 import zoo
 from zoo import ConfigError, IntegrityError, diffusion, ops
-from zoo.diffusion import DiTModel, VideoDiTModel
+from zoo.diffusion import DiTModel, KeywordState, VideoDiTModel
 from zoo.kernels import dispatch
 from zoo.layers import count_macs
 from zoo.layers.radial import radial_block_mask
@@ -381,6 +381,24 @@ def test_checkpointing_and_lora(kind):
     wanted = model(*arguments).sample
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "proj"], init_lora_weights=False))
     assert (model(*arguments).sample - wanted).abs().max() > 1e-4
+
+
+def test_what_is_computed_again_leaves_the_masks_of_later_steps_alone():
+    model, _ = model_and_arguments("mmdit")
+    keywords = KeywordState([[2, 3]], epsilon=0.6)
+    subject = noise(1, 16, 4, 4, seed=9)
+
+    def step(seed: int) -> Tensor:
+        told = noise(1, 5, 6, seed=seed), noise(1, 5)
+        return model(noise(1, 16, 4, 6, seed=seed), 9 - seed, *told, subjects=[subject], keywords=keywords)
+
+    model.enable_gradient_checkpointing()
+    loss = sum(step(seed).sample.sum() for seed in (1, 2, 3))
+    before = {layer: [x.clone() for x in masks] for layer, masks in keywords._routed.items()}
+    assert not all(mask.all() for masks in before.values() for mask in masks)
+    loss.backward()
+    for layer, masks in before.items():
+        assert all(map(torch.equal, keywords._routed[layer], masks))
 
 
 @pytest.mark.parametrize("kind", ["dit", "video", "mmdit"])
