@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from zoo.errors import did_you_mean
+from zoo.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     names = ["auto", *dict.fromkeys(backend.name for table in OPERATIONS.values() for backend in table)]
     if name not in names:
-        raise ValueError(f"unknown backend {name!r}; use {', '.join(names)}{did_you_mean(str(name), names)}")
+        raise ConfigError(f"unknown backend {name!r}; use {', '.join(names)}{did_you_mean(str(name), names)}")
     token = _default.set(name)
     try:
         yield
@@ -103,7 +103,7 @@ def resolve(op: str, requested: str, call: Any) -> tuple[Backend, str]:
             able = [b.name for b in others if b.missing() is None and b.why_not(call) is None]
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use {' or '.join(able)}")
     names = ["auto", *(backend.name for backend in table)]
-    raise ValueError(f"{op} has no backend {name!r}; use {', '.join(names)}{did_you_mean(str(name), names)}")
+    raise ConfigError(f"{op} has no backend {name!r}; use {', '.join(names)}{did_you_mean(str(name), names)}")
 
 
 def why_not_opaque() -> str | None:

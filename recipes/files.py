@@ -10,10 +10,10 @@ from typing import IO, Any
 import torch
 
 from zoo.errors import IntegrityError
-from zoo.weights.files import link_atomically, open_file, sweep, write_atomically
+from zoo.weights.files import link_atomically, open_file, sweep, write_atomically, write_text
 from zoo.weights.loader import unpickle
 
-__all__ = ["link_atomically", "load_checkpoint", "save_checkpoint", "sweep", "write_atomically"]
+__all__ = ["link_atomically", "load_checkpoint", "save_checkpoint", "sweep", "write_atomically", "write_text"]
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:

@@ -31,7 +31,7 @@ from torch import nn
 from zoo.errors import ConfigError, IntegrityError, ResourceError, did_you_mean
 from zoo.recipes.config import build, check, environment_names, parse
 from zoo.recipes.data.transforms import InputSettings
-from zoo.recipes.files import load_checkpoint, write_atomically
+from zoo.recipes.files import load_checkpoint, write_atomically, write_text
 from zoo.recipes.schema import TIMM, Recipe, pick, put
 from zoo.recipes.tasks import task_of
 
@@ -148,8 +148,8 @@ def lock(folder: Path) -> AbstractContextManager[Any]:
 
 def write_start(folder: Path, made: Recipe, command: str, classes: Sequence[str]) -> None:
     """Write what is known before the first step."""
-    _write_text(folder / "config.yaml", made.yaml())
-    _write_text(folder / "classes.json", json.dumps(list(classes), ensure_ascii=False, indent=0))
+    write_text(folder / "config.yaml", made.yaml())
+    write_text(folder / "classes.json", json.dumps(list(classes), ensure_ascii=False, indent=0))
     environment = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -158,13 +158,9 @@ def write_start(folder: Path, made: Recipe, command: str, classes: Sequence[str]
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: _version(name) for name in PACKAGES},
     }
-    _write_text(folder / "environment.json", json.dumps(environment, indent=2))
+    write_text(folder / "environment.json", json.dumps(environment, indent=2))
     with (folder / "command.txt").open("a", encoding="utf-8") as file:
         file.write(command + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _version(package: str) -> str | None:
@@ -380,6 +376,11 @@ def _from_name(name: str) -> Trained:
         for each in list_models(task="generation", pretrained=True)
         if any(entry.packaged for entry in entries_of(each)[:1])
     ]
+    if name not in known and name in list_models(task="generation", pretrained=True):
+        raise ConfigError(
+            f"the published weights of {name} come without a recipe; zoo.create_model({name!r}, "
+            "pretrained=True) loads them, for pipelines of diffusers"
+        )
     if name not in known:
         near = did_you_mean(name, known)
         raise ConfigError(

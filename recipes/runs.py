@@ -38,14 +38,23 @@ class Run:
 
 def read_run(folder: str | Path) -> Run:
     """Read what a run left so far. Raises ConfigError where there is none, or none that can be read."""
-    from zoo.recipes.config import build, parse
-    from zoo.recipes.tasks import task_of
-
     folder = Path(folder)
     config = folder / "config.yaml"
     if not config.exists():
         near = did_you_mean(folder.name, [each.parent.name for each in folder.parent.glob("*/config.yaml")])
         raise ConfigError(f"{folder} is no run folder (no config.yaml in it){near}")
+    try:
+        return _read_run(folder, config)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ZooError):
+            raise
+        raise ConfigError(f"{folder} cannot be read ({' '.join(str(error).split())[:160]})") from None
+
+
+def _read_run(folder: Path, config: Path) -> Run:
+    from zoo.recipes.config import build, parse
+    from zoo.recipes.tasks import task_of
+
     raw = parse(config.read_text(encoding="utf-8"), str(config))
     settings = dict(_leaves(raw))
     monitor = task_of(build({"task": raw.get("task", "classification")}, allow_missing=True)).monitor
@@ -91,9 +100,16 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw training loss and validation metric of some runs into one picture."""
+    """Draw training loss and validation metric of some runs into one picture.
+
+    Raises: ConfigError for a folder, or an ending that is none of a picture's.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
 
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.is_dir() or path.suffix[1:].lower() not in known:
+        raise ConfigError(f"a picture must be a file ending in .{', .'.join(sorted(known))}, found {path}")
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run in runs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     ResourceError, the old file untouched, where the disk is full or the folder cannot be written.
     """
     path = Path(os.path.realpath(path))  # behind a link, the file it points to is replaced, not the link
-    temporary = path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -52,8 +53,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 def link_atomically(source: Path, path: Path) -> None:
     """Make `path` another name of `source`, in one step; where the file system has no links, a copy."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    temporary = _temporary(path)
     try:
         temporary.hardlink_to(source)
     except OSError:
@@ -61,6 +61,16 @@ def link_atomically(source: Path, path: Path) -> None:
     else:
         temporary.replace(path)
         _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; raises as `write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _temporary(path: Path) -> Path:
+    """A name of its own for every call: threads and containers may share a process number."""
+    return path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _copy(source: Path, file: IO[bytes]) -> None:

@@ -108,16 +108,22 @@ def find_entry(model: str, tag: str | None = None) -> Weights:
     return found[tags.index(tag) if tag is not None else 0]
 
 
+def _begins_as_safetensors(data: bytes) -> bool:
+    """By its content, whatever it is called: the length of a header, and the header's brace."""
+    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
+
+
 def _parse(data: bytes, name: str) -> dict[str, Tensor]:
     import safetensors
     import safetensors.torch
+    import torch
 
     if not data:
         raise IntegrityError(f"{name} is empty; fetch it again")
     # The length that a safetensors file begins with may look like " <", but a zero is among its bytes.
     if data.lstrip()[:1] == b"<" and b"\0" not in data[:8]:
         raise IntegrityError(f"{name} is a web page, not a weights file; fetch it again")
-    if name.endswith(".safetensors"):
+    if name.lower().endswith(".safetensors") or _begins_as_safetensors(data):
         try:
             return safetensors.torch.load(data)
         except safetensors.SafetensorError as error:
@@ -128,6 +134,10 @@ def _parse(data: bytes, name: str) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file raises any of nine types, some without a text
         raise IntegrityError(_why_unreadable(data, name, error)) from error
     state = _unwrap(content, name)
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else value.layout
+            raise IntegrityError(f"{name}: {key} is no plain tensor (it is {kind}); save plain ones")
     largest = max(state, key=lambda key: state[key].nbytes)
     if sum(value.nbytes for value in state.values()) > 4 * len(data) + MARGIN:
         shape = list(state[largest].shape)
@@ -165,6 +175,11 @@ def _why_unreadable(data: bytes, name: str, error: Exception) -> str:
             f"{name} holds more than weights ({', '.join(unsafe[:3])}), which could run code when read; "
             "ask for a file with the state dict alone"
         )
+    if "Weights only load failed" in str(error):
+        return (
+            f"{name} is not a readable weights file: it is cut off, or holds more than a state dict, which "
+            "could run code when read; fetch it again or ask for the state dict alone"
+        )
     reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
     return f"{name} is not a readable weights file ({reason}); it may be cut off: fetch it again"
 
@@ -184,7 +199,8 @@ def _unwrap(content: Any, name: str) -> dict[str, Tensor]:
         kind = f"keys {', '.join(map(str, list(content)[:5]))}" if values else type(content).__name__
         raise IntegrityError(f"{name} holds no state dict (found {kind}); looked under {', '.join(WRAPPERS)}")
     state = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    state.pop("n_averaged", None)  # what torch.optim.swa_utils.AveragedModel counts with
+    if len(state) > 1:
+        state.pop("n_averaged", None)  # what torch.optim.swa_utils.AveragedModel counts with
     while True:  # one around the other, in any order
         prefix = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
         if prefix is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoo.errors import ConfigError, IntegrityError, ZooError, did_you_mean
+from zoo.errors import ConfigError, IntegrityError, did_you_mean
 
 if TYPE_CHECKING:
     from zoo.weights.manifest import Weights
@@ -92,10 +92,13 @@ def verify_weights(name: str | Path, model: str | None = None) -> Verdict:
     `name` is `<model>`, `<model>.<tag>`, or a file, which is compared with `model` where that is named.
     Raises: ConfigError for a name that is neither.
     """
+    from zoo.registry import family_of
     from zoo.weights.download import cached, expected_hash
 
     path = Path(name).expanduser()
     wanted = None
+    if model is not None:
+        family_of(model)  # ConfigError for an unknown one
     if not path.is_file():
         if path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt") or len(path.parts) > 1:
             raise ConfigError(f"no weights file {path}")
@@ -112,7 +115,7 @@ def verify_weights(name: str | Path, model: str | None = None) -> Verdict:
         return Verdict(**facts, problem=problem)
     try:
         return Verdict(**facts, warnings=_look_at_numbers(path, model))
-    except ZooError as error:
+    except IntegrityError as error:
         return Verdict(**facts, problem=str(error))
 
 
@@ -123,7 +126,7 @@ def _look_at_numbers(path: Path, model: str | None) -> tuple[str, ...]:
     state = read_state_dict(path)
     warnings = []
     for key, value in state.items():
-        if not value.is_floating_point():
+        if not (value.is_floating_point() or value.is_complex()):
             continue
         if not value.isfinite().all():
             raise IntegrityError(f"{path}: {key} holds infinite numbers or NaN")

@@ -309,9 +309,9 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bo
         "missing": [key for key in own if key not in state],
         "unexpected": [] if pruned else extra,
         "misshapen": [
-            f"{key} {list(value.shape)} instead of {list(own[key].shape)}"
+            f"{key} {_kind(value)} instead of {_kind(own[key])}"
             for key, value in state.items()
-            if key in own and key not in skipped and value.shape != own[key].shape
+            if key in own and key not in skipped and not _is_like(value, own[key])
         ],
     }
     wrong = {kind: keys for kind, keys in problems.items() if keys}
@@ -327,7 +327,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bo
     fitting = {
         key: value
         for key, value in state.items()
-        if key in own and key not in skipped and value.shape == own[key].shape
+        if key in own and key not in skipped and _is_like(value, own[key])
     }
     if not fitting:
         raise IntegrityError(f"{source} has no entry that fits {type(target).__name__}")
@@ -340,6 +340,15 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bo
     return sorted(
         [*skipped, *problems["missing"], *extra, *(key.split()[0] for key in problems["misshapen"])]
     )
+
+
+def _is_like(value: Tensor, own: Tensor) -> bool:
+    """Whether a tensor of a file can be one of a model: integers and complex numbers are no weights."""
+    return value.shape == own.shape and value.is_floating_point() >= own.is_floating_point()
+
+
+def _kind(x: Tensor) -> str:
+    return f"{list(x.shape)}{'' if x.is_floating_point() else f' of {x.dtype}'}"
 
 
 def _names(model: nn.Module, role: str) -> tuple[str, ...]:

@@ -70,3 +70,23 @@ def test_one_run_or_none_is_refused(folder, capsys):
     assert "two runs or more" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="did you mean first"):
         read_run(folder / "firs")
+
+
+@pytest.mark.parametrize("damage", ['{"star', "{}", b"\xff\xfe"])
+def test_a_damaged_run_is_named_where_it_is_asked_for(folder, damage, capsys):
+    environment = folder / "first" / "environment.json"
+    whole = environment.read_bytes()
+    try:
+        environment.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+        assert main(["runs", "compare", str(folder / "first"), str(folder / "deeper" / "second")]) == 2
+        assert "first cannot be read" in capsys.readouterr().err
+    finally:
+        environment.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["", "chart.foo"])
+def test_a_chart_is_a_file_that_can_be_drawn(folder, name, tmp_path, capsys):
+    runs = [str(folder / "first"), str(folder / "deeper" / "second")]
+    assert main(["runs", "compare", *runs, "--chart", str(tmp_path / name)]) == 2
+    assert "a picture must be a file ending in ." in capsys.readouterr().err
+    assert not list(tmp_path.glob("*chart*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from zoo.recipes.config import recipe
 from zoo.recipes.data.images import read_image
 from zoo.recipes.data.masks import read_mask
 from zoo.recipes.files import load_checkpoint
-from zoo.weights.files import open_file
+from zoo.weights.files import open_file, write_atomically
 from zoo.weights.loader import read_state_dict
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -48,3 +49,14 @@ def test_files_folders_and_what_is_missing_are_as_open_has_them(tmp_path):
         open_file(tmp_path)
     with pytest.raises(FileNotFoundError):
         open_file(tmp_path / "nothing")
+
+
+def test_threads_may_write_one_file(tmp_path):
+    def write(letter: bytes) -> None:
+        for _ in range(30):
+            write_atomically(tmp_path / "file", lambda file: file.write(100_000 * letter))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (b"a", b"b")))
+    assert len(set((tmp_path / "file").read_bytes())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

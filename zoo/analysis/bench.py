@@ -485,7 +485,10 @@ def _macs(model: nn.Module, image: tuple[int, int, int]) -> int | None:
 
 
 def check_device(device: str) -> None:
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = device
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device must be cpu or cuda, found {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():

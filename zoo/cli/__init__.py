@@ -93,7 +93,8 @@ def _report(error: BaseException) -> int:
         status = RESOURCES
     elif isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        message, status = f"{error.filename or 'file system'}: {error.strerror}", RESOURCES if full else DATA
+        told = f"{error.filename or 'file system'}: {error.strerror}" if error.strerror else message
+        message, status = told, RESOURCES if full else DATA
     else:
         message = f"unexpected {type(error).__name__}: {message}; run again with --debug for the traceback"
     lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,7 @@ def bench(
     Cost over resolution: zoo bench --compare attention=neighborhood,window,global --output bench
     One page of earlier runs: zoo bench report bench/bench.json
     """
-    from zoo.errors import ConfigError
+    from zoo.errors import ConfigError, ResourceError
 
     names = list(names or ())
     if names[:1] == ["report"]:
@@ -60,10 +61,16 @@ def bench(
             raise ConfigError(
                 "--compare takes neither --against nor --compile; what is compared is its own peer"
             )
-        made = _over_resolution(compare, sizes, seconds, not no_memory, options)
+        run = partial(_over_resolution, compare, sizes, seconds, not no_memory, options)
     else:
         specs = [*([against] if against else []), *names]
-        made = _in_turns(specs, sizes, seconds, not no_memory, compiled, options)
+        run = partial(_in_turns, specs, sizes, seconds, not no_memory, compiled, options)
+    try:
+        made = run()
+    except RuntimeError as error:
+        if not str(error).startswith("backend "):
+            raise
+        raise ResourceError(str(error)) from None
     _show(made)
     if output is not None:
         _write(made, output)
@@ -143,10 +150,10 @@ def _write(made: Report, output: Path) -> None:
     import json
 
     from zoo.analysis.report import draw_costs
+    from zoo.weights.files import write_text
 
     file = output if output.suffix == ".json" else output / "bench.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(made.plain(), indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(made.plain(), indent=2) + "\n")
     written = [file]
     if made.exponents:
         written.append(file.with_suffix(".png"))
@@ -160,6 +167,7 @@ def _write_page(files: list[str], output: Path | None) -> None:
     from zoo.analysis.bench import Report
     from zoo.analysis.report import report_page
     from zoo.errors import ConfigError, DataError
+    from zoo.weights.files import write_text
 
     if not files:
         raise ConfigError("zoo bench report needs files written by zoo bench ... --output")
@@ -171,11 +179,13 @@ def _write_page(files: list[str], output: Path | None) -> None:
             data = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{file} is no JSON: {error}") from None
-        reports.append(Report.from_plain(data))
+        try:
+            reports.append(Report.from_plain(data))
+        except ConfigError as error:
+            raise DataError(f"{file}: {error}") from None
     page = output if output is not None else Path("bench.html")
     page = page if page.suffix == ".html" else page / "bench.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(report_page(reports), encoding="utf-8")
+    write_text(page, report_page(reports))
     print(page)
 
 
@@ -185,7 +195,7 @@ def _sizes(text: str | None) -> list[int]:
     if text is None:
         return []
     sides = text.split(",")
-    if not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+    if not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
         raise ConfigError(f"--size must be positive numbers such as 28,56, found {text!r}")
     return [int(side) for side in sides]
 

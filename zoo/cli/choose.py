@@ -39,6 +39,7 @@ def choose(
     from rich.console import Console
 
     from zoo.analysis.choosing import choose as find
+    from zoo.weights.files import write_text
 
     errors = Console(stderr=True)
     made = find(
@@ -48,8 +49,7 @@ def choose(
     )  # fmt: skip
     _show(made)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(made.plain(), indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(made.plain(), indent=2) + "\n")
         print(json_file)
 
 
@@ -94,6 +94,7 @@ def _show(made: Choice) -> None:
 
 def _by_reason(rows: list[Candidate]) -> list[tuple[str, list[str]]]:
     """Names that share a reason, apart from its figures."""
+
     found: dict[str, tuple[str, list[str]]] = {}
     for each in rows:
         key = "".join(character for character in each.reason if not character.isdigit())

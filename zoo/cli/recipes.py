@@ -197,6 +197,8 @@ def _explain(trained: Trained, result: Prediction, file: Path) -> None:
 def _print_or_write(text: str, facts: dict[str, Any], path: Path | None) -> None:
     import json
 
+    from zoo.weights.files import write_text
+
     content = json.dumps(facts, indent=2, ensure_ascii=False)
     if path is not None and str(path) == "-":
         print(content)
@@ -204,8 +206,7 @@ def _print_or_write(text: str, facts: dict[str, Any], path: Path | None) -> None
     if text:
         print(text)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content + "\n", encoding="utf-8")
+        write_text(path, content + "\n")
 
 
 # ---- zoo recipes

@@ -101,14 +101,15 @@ def _is_json(path: Path | None, facts: list[dict[str, Any]]) -> bool:
     """Write facts where they are asked for; tell whether that was standard output."""
     import json
 
+    from zoo.weights.files import write_text
+
     if path is None:
         return False
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     if str(path) == "-":
         print(text)
         return True
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
     return False
 
 

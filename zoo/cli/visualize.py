@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +47,7 @@ def visualize(
         bool, typer.Option("--random", help="Random weights: shapes without a download.")
     ] = False,
     size: Annotated[
-        int | None, typer.Option(help="Side of the image in pixels; else the model's own.")
+        int | None, typer.Option(min=1, help="Side of the image in pixels; else the model's own.")
     ] = None,
     rule: Annotated[
         list[str] | None,
@@ -60,6 +61,7 @@ def visualize(
     """
     from zoo.analysis.page import attention_page
     from zoo.errors import ConfigError, ZooError, did_you_mean
+    from zoo.weights.files import write_text
 
     if source == "radial":
         if html or what != "all":
@@ -97,7 +99,7 @@ def visualize(
             title=scene.title("attention"),
         )
         written.append(output / "attention.html")
-        written[-1].write_text(page, encoding="utf-8")
+        write_text(written[-1], page)
     print(f"{scene.title('looked at')}: {', '.join(map(str, written)) or 'nothing could be drawn'}")
 
 
@@ -109,7 +111,7 @@ def _draw_video(geometry: str, query: str, rules: list[str], output: Path) -> No
     from zoo.layers.radial import radial_block_mask
 
     sides = geometry.split("x")
-    if len(sides) != 3 or not all(side.isdigit() and int(side) for side in sides):
+    if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
         raise ConfigError(
             f"a video is FRAMESxROWSxCOLUMNS of tokens, such as 21x30x52 of 81 frames at 480 x 832 in Wan; "
             f"found {geometry!r}"
@@ -134,6 +136,7 @@ def _draw_video(geometry: str, query: str, rules: list[str], output: Path) -> No
 
 def _value(text: str) -> Any:
     """A number or a boolean where the text is one."""
+
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -160,6 +163,7 @@ class Scene:
         guided: bool,
     ) -> None:
         from zoo.analysis.maps import choose_block, predictions
+        from zoo.errors import ConfigError
 
         self.model, self.name, self.x, self.query, self.guided = model, name, x, query, guided
         shares, self.blocks = predictions(model, x)
@@ -169,10 +173,11 @@ class Scene:
         self.classifies = shares.ndim == 2
         if self.classifies:
             self.target = int(shares[0].argmax()) if target is None else target
-            known = 0 <= self.target < len(classes)
+            if not 0 <= self.target < shares.shape[1]:
+                raise ConfigError(f"--target must be 0 to {shares.shape[1] - 1}, found {target}")
+            known = self.target < len(classes)
             self.class_name = classes[self.target] if known else f"class {self.target}"
-            share = float(shares[0, self.target]) if 0 <= self.target < shares.shape[1] else float("nan")
-            self.says = f"; says {self.class_name} with {share:.0%}"
+            self.says = f"; says {self.class_name} with {float(shares[0, self.target]):.0%}"
 
     def title(self, what: str) -> str:
         """One line above a picture."""
@@ -242,13 +247,15 @@ def _load(source: str, random: bool, size: int | None) -> tuple[nn.Module, str, 
     import timm
 
     from zoo import create_model, list_models
+    from zoo.errors import ConfigError
     from zoo.recipes.data.transforms import InputSettings
     from zoo.recipes.run_folder import load_trained
 
+    if source in list_models(task="generation"):
+        raise ConfigError(f"{source} makes images, which zoo generate does; visualize is for classifiers")
     ours = source in list_models(task="classification")
     if not ours and timm.is_model(source):
-        options = {} if size is None else {"img_size": size}
-        model = timm.create_model(source, pretrained=not random, **options)
+        model = _from_timm(source, random, size)
         name, classes, settings = source, [], InputSettings.of(model)
     elif ours and random:
         model = create_model(source)
@@ -259,6 +266,26 @@ def _load(source: str, random: bool, size: int | None) -> tuple[nn.Module, str, 
     if size is not None:
         settings = dataclasses.replace(settings, size=(settings.size[0], size, size))
     return model.eval(), name + (" with random weights" if random else ""), list(classes), settings
+
+
+def _from_timm(name: str, random: bool, size: int | None) -> nn.Module:
+    import timm
+
+    from zoo.errors import ConfigError, ResourceError
+
+    build = functools.partial(timm.create_model, name, pretrained=not random)
+    try:
+        if size is None:
+            return build()
+        try:
+            return build(img_size=size)
+        except TypeError:  # a model that takes any size
+            return build()
+    except (OSError, RuntimeError) as error:
+        if random:
+            raise ConfigError(f"timm cannot build {name}: {error}") from None
+        reason = " ".join(str(error).split())[:160]
+        raise ResourceError(f"the weights of {name} could not be fetched ({reason})") from None
 
 
 def _prepare(image: str, settings: Any) -> Tensor:
@@ -272,7 +299,7 @@ def _prepare(image: str, settings: Any) -> Tensor:
         from zoo.recipes.data.digits import Digits
 
         digits = Digits(train=False)
-        if not number.isdigit() or int(number) >= len(digits):
+        if not number.isdecimal() or int(number) >= len(digits):
             raise DataError(f"digits:N needs a number from 0 to {len(digits) - 1}, found {image!r}")
         loaded = digits.load(int(number))
     else:

@@ -90,7 +90,7 @@ def verify(
     from zoo.weights.manifest import all_entries
 
     every = [f"{entry.model}.{entry.tag}" for entry in all_entries()]
-    wrong = 0
+    wrong, fetched = 0, False
     for name in names or every:
         verdict = verify_weights(name, model)
         if verdict.file is None:
@@ -101,8 +101,10 @@ def verify(
         for warning in verdict.warnings:
             print(f"  note: {warning}")
         wrong += verdict.problem is not None
+        fetched |= verdict.problem is not None and str(verdict.name) in every
     if wrong:
-        raise IntegrityError(f"{wrong} of the weights files are wrong; delete them to fetch them again")
+        again = "; delete what was fetched to fetch it again" if fetched else ""
+        raise IntegrityError(f"{wrong} of the weights files {'is' if wrong == 1 else 'are'} wrong{again}")
 
 
 @weights.command("pin")

@@ -208,7 +208,8 @@ def test_adapters_load_into_their_pipeline(run, wan, tmp_path):
         name: x.shape for name, x in loaded.items() if ".lora_" in name
     }
     assert all(torch.equal(x, loaded[name.replace("default", "default_0")]) for name, x in saved.items())
-    torch.testing.assert_close(after, trained.eval()(**inputs)[0])  # alpha is not the rank
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    assert layers and all(set(layer.scaling.values()) == {8 / 2} for layer in layers), "alpha over rank"
     pipe.unload_lora_weights()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from zoo.cli import main
 
@@ -55,3 +56,28 @@ def test_a_comparison_draws_a_chart_and_a_report_shows_it(capsys, tmp_path):
 def test_a_mistake_is_one_line(arguments, status, message, capsys):
     found, _, err = run(capsys, *arguments)
     assert found == status and message in err and len(err.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("nat_digits@tritn",), 2, "did you mean triton"),
+        pytest.param(
+            ("nat_digits@triton",),
+            5,
+            "backend 'triton' cannot run",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it runs where there is a GPU"),
+        ),
+        (("nat_digits", "--device", "gpu"), 2, "device must be cpu or cuda, found 'gpu'"),
+        (("neighborhood_attention", "--size", "²"), 2, "--size must be positive numbers"),
+    ],
+)
+def test_backends_devices_and_sizes_that_are_not_there(arguments, status, message, capsys):
+    found, _, err = run(capsys, *arguments, "--seconds", "0", "--no-memory")
+    assert found == status and message in err and len(err.splitlines()) == 1
+
+
+def test_a_report_of_something_else_names_the_file(tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[]")
+    status, _, err = run(capsys, "report", str(tmp_path / "list.json"))
+    assert status != 0 and "list.json: this is no benchmark" in err

@@ -71,3 +71,18 @@ def test_a_segmenter_says_nothing_of_the_whole_image():
     assert [name for name, _ in scene.layers()] == ["rollout"]
     with pytest.raises(zoo.ConfigError, match="relevance is for a class of the whole image"):
         scene.draw("relevance")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nat_digits", "digits:3", "--size", "0"), "Invalid value for '--size'"),
+        (("nat_digits", "digits:3", "--target", "99", "--what", "attention"), "--target must be 0 to 9"),
+        (("nat_digits", "digits:²"), "digits:N needs a number"),
+        (("dit_digits", "digits:3"), "dit_digits makes images"),
+        (("resnet18", "digits:3", "--random", "--size", "64"), "ResNet has no attention known here"),
+    ],
+)
+def test_what_cannot_be_shown_is_told_in_one_line(arguments, message, tmp_path, capsys):
+    status, _, err = run(capsys, *arguments, "--output", str(tmp_path))
+    assert status in (2, 3) and message in err and len(err.splitlines()) == 1

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 import zoo
 from zoo.checkpoints import find_weights
@@ -118,3 +119,34 @@ def test_mistakes_are_one_line(arguments, status, message, capsys, tmp_path, mon
     found, _, err = run(capsys, "weights", *arguments)
     assert (found, message in err) == (status, True)
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: (100 * x).int(), "torch.int32 instead of"),
+        (lambda x: x.to(torch.complex64), "torch.complex64 instead of"),
+        (lambda x: x.to("meta"), "is no plain tensor .it is meta."),
+    ],
+    ids=["integers", "complex", "meta"],
+)
+def test_what_cannot_be_weights_is_not_sound(change, message, tmp_path, published, capsys):
+    state = {
+        key: change(value) if value.is_floating_point() else value
+        for key, value in published[1].state_dict().items()
+    }
+    torch.save(state, tmp_path / "odd.pth")
+    status, out, err = run(capsys, "weights", "verify", str(tmp_path / "odd.pth"), "--model", "nat_digits")
+    assert status == 4 and re.search(message, out)
+    assert "is wrong" in err and "delete" not in err  # nobody could fetch it again
+
+
+def test_a_file_is_told_by_what_it_holds_not_by_its_name(tmp_path, published, capsys):
+    path = tmp_path / "WEIGHTS.bin"
+    path.write_bytes(save(published[1].state_dict()))
+    assert run(capsys, "weights", "verify", str(path), "--model", "nat_digits")[0] == 0
+
+
+def test_a_misspelt_model_is_no_damage_of_the_file(published, capsys):
+    status, out, err = run(capsys, "weights", "verify", str(published[0]), "--model", "nat_digit")
+    assert (status, out) == (2, "") and "did you mean nat_digits" in err
