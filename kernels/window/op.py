@@ -55,7 +55,8 @@ def window_attention(
         exactly 0. Returns [B, Y, X, H, Dv] and, with `return_lse`, the natural-log LSE [B, Y, X, H].
     Units: window_size and shift in tokens, one number or (rows, columns); scale multiplies q.k and is D**-0.5
         by default.
-    Numerics: logits and softmax in at least float32, result in q's dtype.
+    Numerics: logits and softmax in at least float32, result in q's dtype; PyTorch's fused attention on a GPU
+        takes the bias in q's dtype.
     Raises: ValueError for arguments that do not fit each other, and for a map whose sides are no multiples of
         the window: pad it before the projection, since padded tokens carry its bias. RuntimeError when a
         named backend cannot run the call.
