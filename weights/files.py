@@ -64,8 +64,14 @@ def link_atomically(source: Path, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; raises as `write_atomically`."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Write a text file, whole or not at all; a pipe or device takes it as it comes.
+
+    Raises: as `write_atomically`.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _temporary(path: Path) -> Path:

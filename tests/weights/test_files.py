@@ -14,7 +14,7 @@ from zoo.recipes.config import recipe
 from zoo.recipes.data.images import read_image
 from zoo.recipes.data.masks import read_mask
 from zoo.recipes.files import load_checkpoint
-from zoo.weights.files import open_file, write_atomically
+from zoo.weights.files import open_file, write_atomically, write_text
 from zoo.weights.loader import read_state_dict
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -60,3 +60,9 @@ def test_threads_may_write_one_file(tmp_path):
         list(pool.map(write, (b"a", b"b")))
     assert len(set((tmp_path / "file").read_bytes())) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_text_may_go_to_a_device(tmp_path):
+    write_text(Path(os.devnull), "told")
+    write_text(tmp_path / "new" / "file.txt", "told")
+    assert (tmp_path / "new" / "file.txt").read_text() == "told"

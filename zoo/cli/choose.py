@@ -94,7 +94,6 @@ def _show(made: Choice) -> None:
 
 def _by_reason(rows: list[Candidate]) -> list[tuple[str, list[str]]]:
     """Names that share a reason, apart from its figures."""
-
     found: dict[str, tuple[str, list[str]]] = {}
     for each in rows:
         key = "".join(character for character in each.reason if not character.isdigit())

@@ -136,7 +136,6 @@ def _draw_video(geometry: str, query: str, rules: list[str], output: Path) -> No
 
 def _value(text: str) -> Any:
     """A number or a boolean where the text is one."""
-
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
