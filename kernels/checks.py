@@ -99,6 +99,23 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
+def is_traced() -> bool:
+    """Whether a compiler or a functorch transform is at work."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def shows_values(x: Tensor) -> bool:
+    """Whether Python may look at the numbers of `x`: it is a plain tensor and nothing traces it."""
+    return not is_traced() and type(x) is Tensor
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether `x` holds no NaN or infinity; where a tracer hides the values, they count as finite."""
+    # A sum is one cheap pass. It may overflow by itself; then the careful way is taken for nothing.
+    total = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) if shows_values(x) else None
+    return total is None or bool(total.isfinite())
+
+
 def per_image(name: str, x: Tensor, of: Tensor) -> Tensor:
     """Return [B, C] of a condition [B, C] for `of` [B, *tokens, C]; axes of one token may lie between.
 

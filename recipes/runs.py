@@ -87,7 +87,7 @@ def find_runs(root: str | Path = RUNS) -> tuple[list[Run], list[str]]:
     for config in sorted(root.rglob("config.yaml")):
         try:
             runs.append(read_run(config.parent))
-        except (ZooError, OSError, ValueError, KeyError) as error:
+        except ZooError as error:
             wrong.append(f"{config.parent}: {' '.join(str(error).split())[:160]}")
     return sorted(runs, key=lambda run: run.started, reverse=True), wrong
 

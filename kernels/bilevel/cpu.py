@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.kernels.bilevel.regions import region_of, to_map, to_regions
+from zoo.kernels.checks import all_finite, is_traced
 
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
 COPIED_TOKEN = 32  # cost of copying one key and its value, in query-key products
@@ -48,7 +49,7 @@ def bilevel_routing_attention(
     if _is_dense(q, k, routes, route_weights, return_lse):
         out = _dense(q, k, v, routes, regions, scale)
         # A mask multiplies unseen values by zero, which NaN and infinity survive; gathering never sees them.
-        if _all_finite(out):
+        if all_finite(out):
             return out[..., :width], None
     out, lse = _gathered(q, k, v, routes, regions, scale, route_weights, return_lse)
     return out[..., :width], lse
@@ -118,8 +119,7 @@ def _gathered(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Every region against the regions it has chosen, and no others."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if route_weights is None and not traced:
+    if route_weights is None and not is_traced():
         return _Regions.apply(q, k, v, routes, regions, scale)
     (batch, parts, _), grid = routes.shape, q.shape[1:3]
     q, k, v = (to_regions(x, regions).flatten(0, 1) for x in (q, k, v))  # [B * p, tokens, H, D]
@@ -245,10 +245,3 @@ def _parts(
             for whole, room in zip(wholes, rooms, strict=True)
         )
         yield part, seen, *taken
-
-
-def _all_finite(x: Tensor) -> bool:
-    """Whether `x` holds no NaN or infinity; where a tracer hides the values, they count as finite."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(x) is not Tensor:
-        return True
-    return bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())

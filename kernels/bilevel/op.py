@@ -13,7 +13,7 @@ from torch import Tensor
 from zoo.kernels import dispatch, tile
 from zoo.kernels.bilevel import cpu, reference, schema
 from zoo.kernels.bilevel.regions import to_regions
-from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
+from zoo.kernels.checks import floating, same_kind, scale_or_default, shows_values, without_autocast
 
 OP = "bilevel_routing_attention"
 
@@ -178,7 +178,12 @@ def _check(
             f"route_weights must be one for each of routes {tuple(routes.shape)}, "
             f"found {tuple(route_weights.shape)}"
         )
-    if _shows_values(routes) and not 0 <= int(routes.min()) <= int(routes.max()) < parts:
+    if (
+        routes.device.type == "cpu"
+        and routes.numel()
+        and shows_values(routes)
+        and not 0 <= int(routes.min()) <= int(routes.max()) < parts
+    ):
         raise ValueError(
             f"routes must be between 0 and {parts - 1}, found {int(routes.min())} to {int(routes.max())}"
         )
@@ -226,13 +231,6 @@ def _whole(name: str, value: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name} must be a whole number, found {value!r}")
     return index(value)
-
-
-def _shows_values(x: Tensor) -> bool:
-    """Whether looking at the values costs nothing: on a CPU, outside tracers."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(x) is not Tensor:
-        return False
-    return x.device.type == "cpu" and x.numel() > 0
 
 
 # Backends ---------------------------------------------------------------------------------------------------

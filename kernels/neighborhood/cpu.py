@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.checks import all_finite
 from zoo.kernels.neighborhood.geometry import Axis, as_tensors, keys_of, outer
 
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
@@ -156,7 +157,7 @@ def neighborhood_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [B, *grid, Hq, Dv] and, where asked for, the natural-log LSE [B, *grid, Hq]."""
     out, lse = _attention(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
-    if _all_finite(out):
+    if all_finite(out):
         return out, lse
     # A mask multiplies the halo's unseen keys by zero, which NaN and infinity survive. So they are taken out,
     # and the queries that do see them are told.
@@ -166,14 +167,6 @@ def neighborhood_attention(
     shared = q.shape[-2] // k.shape[-2]
     out = out + _nan_where_seen(~(finite_k & finite_v), axes, shared)[..., None]
     return out, lse + _nan_where_seen(~finite_k, axes, shared) if return_lse else None
-
-
-def _all_finite(x: Tensor) -> bool:
-    """Whether `x` holds no NaN or infinity; where a tracer hides the values, they count as finite."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(x) is not Tensor:
-        return True
-    # A sum is one cheap pass. It may overflow by itself; then the careful way is taken for nothing.
-    return bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
 
 
 def _nan_where_seen(bad: Tensor, axes: tuple[Axis, ...], shared: int) -> Tensor:
