@@ -46,3 +46,20 @@ def test_a_number_at_the_end_of_a_name_makes_a_condition_only_where_there_are_so
 def test_what_could_be_a_condition_of_nothing_is_an_image(tmp_path):
     with pytest.raises(DataError, match=r"dog.1.png needs dog.1.1.png beside it"):
         found(tmp_path, ["cat", "cat.1", "dog.1"], 1)
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    clip = tmp_path / "train" / "clip"
+    clip.mkdir(parents=True)
+    clip.with_suffix(".txt").write_text("a clip")
+    for number in range(1, 13):
+        Image.new("L", (8, 8), number).save(clip / f"{number}.png")
+    seen = []
+
+    def encode(pixels, caption, conditions):
+        seen.append((127.5 * (pixels[0, :, 0, 0] + 1)).round().int().tolist())
+        return {"latents": pixels}
+
+    settings = {"key": "", "encoder": lambda: encode, "cache": tmp_path / "cache", "size": (8, 8)}
+    Captioned(tmp_path, "train", frames=12, **settings)
+    assert seen == [list(range(1, 13))]

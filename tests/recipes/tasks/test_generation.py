@@ -367,6 +367,35 @@ def test_a_saved_pipeline_makes_what_the_run_makes(made):
     assert isinstance(model, zoo.diffusion.DiTModel)
 
 
+def test_a_pipeline_leaves_the_mode_of_its_model_and_follows_offloading(made, monkeypatch):
+    pipe = ImagePipeline.from_pretrained(made / "diffusers")
+    few = {"num_inference_steps": 2, "output_type": "latent"}
+    pipe.transformer.train()
+    assert len(pipe(class_labels="light", **few).images) == 1
+    assert pipe.transformer.training
+    devices = []
+
+    def look(model, scheduler, noise, conditions, nothing, **settings):
+        devices.extend(x.device.type for x in (noise, *conditions, *nothing))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zoo.diffusion.sampling.sample", look)
+    monkeypatch.setattr(ImagePipeline, "_execution_device", torch.device("meta"))  # where offloading computes
+    with pytest.raises(KeyboardInterrupt):
+        pipe(class_labels=["light"], **few)
+    assert set(devices) == {"meta"} and pipe.transformer.training
+    with pytest.raises(ConfigError, match="class_labels must name at least one class"):
+        pipe(class_labels=[])
+
+
+def test_another_sampler_is_for_one_call(made):
+    trained = api.load_trained(made)
+    before = trained.recipe.sampling.sampler
+    with pytest.raises(ConfigError, match="unknown 'bogus'"):
+        api.generate(trained, classes=[0], steps=1, sampler="bogus")
+    assert trained.recipe.sampling.sampler == before
+
+
 def test_generate_writes_a_grid_and_single_images(made, tmp_path, capsys):
     output = tmp_path / "out"
     status = main(

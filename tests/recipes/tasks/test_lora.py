@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -278,3 +279,19 @@ def test_a_hidden_prompt_is_hidden_from_both_of_its_states():
     batch = {"latents": torch.randn(2, 4, 6, 6), "text": torch.ones(2, 3, 5), "pooled": torch.ones(2, 7)}
     objective.loss(None, (batch,))
     assert told["text"].sum() == 0 and told["pooled"].sum() == 0
+
+
+def test_conditions_are_in_the_order_of_their_numbers():
+    told = {f"condition{i}": torch.full((1, 4, 2, 2), float(i)) for i in (10, 2, 0, 11, 1, *range(3, 10))}
+    told |= {"text": torch.zeros(1, 3, 8), "pooled": torch.zeros(1, 8)}
+    seen = []
+
+    class Model:
+        config = SimpleNamespace(guidance_embeds=False)
+
+        def __call__(self, hidden_states, **kwargs):
+            seen.extend(hidden_states[0, :, 0].tolist())
+            return (hidden_states,)
+
+    lora.predict_flux(Model(), torch.full((1, 4, 2, 2), -1.0), torch.zeros(1), told, 1.0)
+    assert seen == list(range(-1, 12))

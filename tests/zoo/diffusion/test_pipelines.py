@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 
+import accelerate
 import diffusers
 from diffusers import FirstBlockCacheConfig
 from diffusers.models import attention_dispatch
@@ -714,3 +715,11 @@ def test_a_geometry_that_cannot_be_read_is_refused(tiny, change, message):
     model = tiny.build()
     with apply("neighborhood", model), pytest.raises(ConfigError, match=message):
         output(model, refusal(tiny.inputs(tiny.small), change))
+
+
+@pytest.mark.parametrize(("method", "tiny"), [("neighborhood", QWEN), ("radial", HUNYUAN)], ids=str)
+def test_padded_prompts_work_on_a_model_that_is_offloaded(method, tiny):
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    with apply(method, model):
+        accelerate.cpu_offload_with_hook(model, "meta")  # the inputs are moved after the geometry was read
+        assert output(model, inputs).device.type == "meta"

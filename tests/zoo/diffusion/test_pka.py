@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -458,6 +459,25 @@ def test_a_solver_that_evaluates_a_time_twice_gets_the_same_masks():
     with diffusion.apply_pka(model, conditions=KINDS, keywords=[[2, 3]], epsilon=0.5):
         first, *twice = (output(model, prompted(t, 5)) for t in (0.9, 0.6, 0.6, 0.3, 0.3))
     assert torch.equal(twice[0], twice[1]) and torch.equal(twice[2], twice[3])
+
+
+def test_both_evaluations_of_a_step_of_heun_have_the_masks_of_the_step_before():
+    pipe = FLUX.pipe()
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    with diffusion.apply_pka(pipe, conditions=KINDS, keywords=[[2, 3]], epsilon=0.7) as handle:
+        processor = handle._processors[0]
+        pipe.scheduler.set_timesteps(4)
+        routed, found = [], []
+        for timestep in pipe.scheduler.timesteps:
+            output(pipe.transformer, prompted(float(timestep) / 1000, 5))
+            routed.append(processor.memory.routed[0])
+            found.append(processor.memory.found[0])
+            nothing = torch.zeros(2, 12, 4)
+            pipe.scheduler.step(nothing, timestep, nothing)
+    assert handle.step == 3 and all(mask.all() for mask in routed[:2])
+    for first in (2, 4):  # two evaluations each
+        assert torch.equal(routed[first], routed[first + 1])
+        assert any(torch.equal(routed[first], before) for before in found[first - 2 : first])
 
 
 def test_a_block_computed_again_for_its_gradient_has_the_masks_of_its_step():
