@@ -41,8 +41,8 @@ import zoo
 from zoo import diffusion
 from zoo.diffusion import NeighborhoodConfig, RadialConfig
 from zoo.diffusion.adapters import ADAPTERS
-from zoo.diffusion.handle import Config, Processor, State
 from zoo.diffusion.neighborhood import NeighborhoodProcessor
+from zoo.diffusion.processor import Config, Processor, State
 from zoo.diffusion.radial import RadialProcessor
 from zoo.layers.tokens import TokenLayout
 

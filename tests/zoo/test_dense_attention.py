@@ -15,7 +15,7 @@ NAMES = (
 # Module and the function that makes the call, and why.
 ALLOWED = {
     ("analysis/bench.py", "_sdpa"),  # a peer, to compare with
-    ("diffusion/handle.py", "dense"),  # what the stock processor itself would do, bit for bit
+    ("diffusion/processor.py", "dense"),  # what the stock processor itself would do, bit for bit
 }
 
 

@@ -22,11 +22,12 @@ except ModuleNotFoundError as error:
     ) from error
 
 from zoo.diffusion.agent import AgentConfig, agentsd_attention, apply_agent
-from zoo.diffusion.handle import Comparison, Handle, Stats, find_sites, handles
+from zoo.diffusion.handle import Comparison, Handle, Stats, handles
 from zoo.diffusion.neighborhood import NeighborhoodConfig, apply_neighborhood
 from zoo.diffusion.pka import PKAConfig, apply_group_mask, apply_pka
 from zoo.diffusion.radial import RadialConfig, apply_radial_attention
 from zoo.diffusion.sampling import ImagePipeline, make_scheduler, sample
+from zoo.diffusion.sites import find_sites
 from zoo.diffusion.transformers import DiTModel, MMDiTModel, VideoDiTModel
 from zoo.layers.pka import (
     ConditionCache,

@@ -21,7 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from zoo import ops
 from zoo.diffusion.adapters import Adapter, downsampling, project_out, projections
-from zoo.diffusion.handle import Config, Handle, Processor, apply, check_backend, find_sites
+from zoo.diffusion.handle import Handle, apply
+from zoo.diffusion.processor import Config, Processor, check_backend
+from zoo.diffusion.sites import find_sites
 from zoo.errors import ConfigError
 from zoo.layers.tokens import TokenLayout
 

@@ -1,320 +1,25 @@
-"""What all training-free methods share: find layers, swap processors, watch each forward, give all back."""
+"""A method applied to a pipeline: swap processors, watch each forward, give all back."""
 
 from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
-from zoo import ops
-from zoo.diffusion.adapters import ADAPTERS, Adapter
-from zoo.errors import ConfigError, did_you_mean
+from zoo.diffusion.adapters import Adapter
+from zoo.diffusion.processor import Config, Group, Processor, State, running_backward, stock_of
+from zoo.diffusion.sites import Site, entries_of, find_sites, refuse_context_parallel
+from zoo.diffusion.steps import Steps
+from zoo.errors import ConfigError
 from zoo.layers.tokens import TokenLayout
 
 PLANS = 16  # geometries of which a handle keeps the plan
-PROMPTS = 4  # of one step: with and without guidance, and those of a generation that was broken off
-
-
-class Config:
-    """What a handle asks of a method's settings; a frozen dataclass of each method is one."""
-
-    def check(self, axes: int) -> None:
-        """Raise ConfigError for settings that do not suit a token grid of so many axes."""
-        raise NotImplementedError
-
-    def layout(self, adapter: Adapter, model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
-        """Where the tokens of this forward lie."""
-        return adapter.layout(model, arguments)
-
-    def phase(self, step: int) -> Any:
-        """What a plan depends on beside the geometry; asked at every forward."""
-        return None
-
-    def prompt(self, arguments: Mapping[str, Any]) -> Tensor | None:
-        """What tells calls of one step apart, where the processors remember something from step to step."""
-        return None
-
-    def plan(self, adapter: Adapter, layout: TokenLayout, text: int, device: torch.device, phase: Any) -> Any:
-        """Say what is seen of `text` text tokens (no padding) and the image; None: everything by all."""
-        raise NotImplementedError
-
-    def pairs(self, layout: TokenLayout, text: int, plan: Any) -> int:
-        """Query-key pairs that one head computes."""
-        raise NotImplementedError
-
-    def chosen_backend(self, query: Tensor, key: Tensor, layout: TokenLayout, plan: Any) -> str:
-        """Name of the backend for a joint sequence [B, N, H, D] of this type and device."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Samples whose prompts are padded alike: `rows` of the batch, `tokens` of the sequence but the padding.
-
-    `rows` and `tokens` are None where all belong to the group and nothing is padding. `text` counts the text
-    tokens among `tokens`; `plan` is what the method made of this geometry.
-    """
-
-    rows: Tensor | None
-    tokens: Tensor | None
-    text: int
-    plan: Any
-
-
-@dataclass
-class State:
-    """What the processors of one handle read; a step number would recompile the model at every step.
-
-    A model in training gets timesteps that are samples, no steps of a generation. While the handle compares
-    with dense attention, `errors` takes what each layer finds. `is_removed`: none of it holds any more.
-    `task` is the backward in which this forward runs, -1 for none, and `kind` what it shares with others
-    that attend alike; `live` are those kinds of forwards with a gradient that backward may still ask for.
-    """
-
-    sparse: bool = False
-    is_training: bool = False
-    layout: TokenLayout | None = None
-    groups: tuple[Group, ...] = ()
-    errors: dict[str, float] | None = None
-    is_removed: bool = False
-    task: int = -1
-    kind: Any = None
-    live: list[State] = field(default_factory=list)
-
-    @contextmanager
-    def as_in(self, then: State) -> Iterator[None]:
-        """Be for a while what it was then."""
-        now = copy(self)
-        vars(self).update(vars(then))
-        try:
-            yield
-        finally:
-            vars(self).update(vars(now))
-
-    def keep_for_backward(self) -> None:
-        """Keep what a block needs that somebody else's checkpoint computes again: two kinds are a doubt."""
-        if self.live and self.live[0].task != -1:  # a backward has asked for it
-            self.live.clear()
-        if len(self.live) < 2 and all(then.kind != self.kind for then in self.live):
-            self.live.append(copy(self))
-
-    def of_this_backward(self, *, remembers: bool) -> State:
-        """The state of the forward whose block backward computes again, or ConfigError where that is open."""
-        if len(self.live) != 1 or (remembers and self.live[0].kind != self.kind):
-            raise ConfigError(
-                "a checkpoint around a block computes it again in backward, found forwards of several "
-                "geometries, steps or modes before it; use enable_gradient_checkpointing() of the model, or "
-                "call backward after each of them"
-            )
-        self.live[0].task = running_backward()
-        return self.live[0]
-
-
-def running_backward() -> int:
-    """Number of the backward that is running, -1 for none."""
-    return torch._C._current_graph_task_id()
-
-
-@dataclass(frozen=True)
-class Call:
-    """Which of the calls of a step a forward is: guidance may need several, with prompts of their own.
-
-    `prompt` numbers the prompt; `has_prompt` says that it is that of the step's first call. A call that
-    compares with dense attention is none of a generation.
-    """
-
-    prompt: int = 0
-    has_prompt: bool = True
-    is_first_step: bool = True
-    is_first_call: bool = True
-    is_comparing: bool = False
-
-
-class Processor:
-    """An attention processor that projects as its model does and attends in a sparse way of its own.
-
-    A sub-class writes `attend`. It is a plain object: a module would add keys to the model's state dict.
-    Once its handle is removed it does what the `original` does: diffusers may still have it, to be put back
-    by `unfuse_qkv_projections`.
-    The parameters of `__call__` have names because diffusers drops every keyword without one.
-    """
-
-    # diffusers' `set_attention_backend` and `enable_parallelism` write to these two names.
-    _attention_backend = None
-    _parallel_config = None
-    # Older processors of diffusers know no backends: the process-wide default must not reach them either.
-    dispatches = True
-    handle: Any = None
-    # What `prepare` gave to this forward and what `attend` found in it: another object for every forward.
-    memory: Any = None
-
-    def __init__(
-        self,
-        name: str = "",
-        adapter: Adapter | None = None,
-        original: Any = None,
-        state: State | None = None,
-        config: Any = None,
-    ) -> None:
-        if adapter is None or state is None:
-            raise ConfigError(
-                f"diffusers wants to make new processors, as for an IP-Adapter, found {type(self).__name__}; "
-                "remove the handle before that"
-            )
-        self.name = name
-        self.adapter = adapter
-        self.original = original
-        self.state = state
-        self.config = config
-        self.image_only = adapter.image_only is not None and name.endswith(adapter.image_only)
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-        encoder_hidden_states_mask: Tensor | None = None,
-    ) -> Any:
-        if self.state.is_removed:
-            given = {
-                "encoder_hidden_states": encoder_hidden_states,
-                "attention_mask": attention_mask,
-                self.adapter.rotary_name: image_rotary_emb,
-                "encoder_hidden_states_mask": encoder_hidden_states_mask,
-            }
-            return self.original(attn, hidden_states, **{k: v for k, v in given.items() if v is not None})
-        compute = partial(
-            self.compute, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb,
-            encoder_hidden_states_mask,
-        )  # fmt: skip
-        if torch.compiler.is_compiling() or running_backward() == self.state.task:
-            return compute()
-        with self.state.as_in(self.state.of_this_backward(remembers=self.memory is not None)):
-            return compute()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of a block must not take the whole model along."""
-        return {**vars(self), "handle": None}
-
-    def compute(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-        image_rotary_emb: Any,
-        encoder_hidden_states_mask: Tensor | None,
-    ) -> Any:
-        """Do what the model's own processor does, sparsely where this forward is sparse."""
-        query, key, value = self.adapter.project(
-            attn, hidden_states, encoder_hidden_states, image_rotary_emb
-        )  # [B, N, H, D]
-        layout = self.layout_for(query)
-        mask = self.adapter.mask(attention_mask, encoder_hidden_states_mask, layout.image)
-        if not self.state.sparse:
-            out = self.dense_as_model(query, key, value, mask, layout)
-        elif mask is None or self.adapter.text_mask is not None:
-            out = self.by_group(self.attend, query, key, value, layout)
-            if self.state.errors is not None:
-                dense = self.dense_as_model(query, key, value, mask, layout)
-                error = (out.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30)
-                self.state.errors[self.name] = float(error)
-                out = dense
-        else:
-            raise ConfigError(
-                f"attention_mask must be None for {type(self).__name__}, found one of shape "
-                f"{tuple(mask.shape)}; leave it out or remove the handle"
-            )
-        return self.adapter.output(attn, out.flatten(2, 3).to(query.dtype), encoder_hidden_states)
-
-    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        """Register what this layer needs beside its processor; the handle removes it."""
-        return []
-
-    def prepare(self, call: Call, layout: TokenLayout, batch: int, device: torch.device) -> None:
-        """Before each forward of a generation, outside of any graph: set `memory`, for methods with one."""
-
-    def keep(self) -> None:
-        """Before the next forward: remember what the latest one found."""
-
-    def forget(self, prompt: int) -> None:
-        """A generation may begin with this prompt: what is remembered of it is of one before."""
-
-    @property
-    def layout(self) -> TokenLayout | None:
-        """Where this layer's tokens lie."""
-        layout = self.state.layout
-        return replace(layout, text=0) if layout is not None and self.image_only else layout
-
-    def layout_for(self, query: Tensor) -> TokenLayout:
-        """The layout, if it is that of these tokens, [B, N, ..]."""
-        layout = self.layout
-        if layout is None or query.shape[1] != layout.tokens:
-            raise ConfigError(
-                f"{type(self).__name__} got {query.shape[1]} tokens, found the geometry {layout}; call the "
-                "transformer itself, neither its forward method nor its blocks"
-            )
-        return layout
-
-    def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend as the model would, on the backend chosen in diffusers if it heeds that; [B, N, H, D]."""
-        if self.dispatches:
-            return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        # Not `ops.attention`: this is the stock processor's own call, bit for bit, with whatever mask it has,
-        # and no backend of ours may stand in for it.
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return out.transpose(1, 2)
-
-    def dense_as_model(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layout: TokenLayout
-    ) -> Tensor:
-        """Attend as the model itself would; all [B, N, H, D]."""
-        if not self.adapter.drops_padding:
-            return self.dense(query, key, value, mask)
-        attend = lambda query, key, value, layout, plan: self.dense(query, key, value)  # noqa: E731
-        return self.by_group(attend, query, key, value, layout)
-
-    def by_group(
-        self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout
-    ) -> Tensor:
-        """Attend for samples that are padded alike at once, without their padding; all [B, N, H, D]."""
-        out = None
-        for group in self.state.groups:
-            plan = group.plan
-            if group.rows is None or self.image_only:
-                return attend(query, key, value, layout, plan)
-            # Offloading moves the inputs after the groups were made.
-            rows, tokens = group.rows.to(query.device), group.tokens.to(query.device)
-            part_query, part_key, part_value = (x[rows] for x in (query, key, value))
-            part_key, part_value = (x.index_select(1, tokens) for x in (part_key, part_value))
-            if self.adapter.drops_padding:
-                part_layout = replace(layout, text=group.text)
-                part = attend(part_query.index_select(1, tokens), part_key, part_value, part_layout, plan)
-                # What is left of the text comes first, zeros after it: as the model does.
-                part = functional.pad(part, (0, 0, 0, 0, 0, layout.text - group.text))
-            else:
-                part = attend(part_query, part_key, part_value, layout, plan)
-            out = (torch.zeros_like(query) if out is None else out).index_copy(0, rows, part)
-        return out
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Any) -> Tensor:
-        """Attend sparsely over the joint sequence; keys may hold fewer text tokens; all [B, N, H, D]."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -344,19 +49,6 @@ class Comparison:
     output: float
     layers: dict[str, float]
     keep: float
-
-
-@dataclass
-class Site:
-    """One transformer to change; `entry` is what the user calls: the compiled wrapper, if there is one."""
-
-    entry: nn.Module
-    model: nn.Module
-    adapter: Adapter
-    layers: dict[str, nn.Module]
-    originals: dict[str, Any] = field(default_factory=dict)
-    processors: dict[str, Processor] = field(default_factory=dict)
-    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 class Handle:
@@ -420,7 +112,7 @@ class Handle:
     @property
     def step(self) -> int:
         """Denoising step of the latest forward, counted from 0; -1 before the first, and in training."""
-        return self._step
+        return self._steps.step
 
     def reset(self) -> None:
         """Start counting steps anew.
@@ -429,15 +121,8 @@ class Handle:
         scheduler without a `step_index`): after one that was broken off, and before one that starts less
         noisy than the last one ended, such as image to image of low strength. Both look like going on.
         """
-        self._forget_generation()
+        self._steps = Steps()
         self._state.live.clear()
-
-    def _forget_generation(self) -> None:
-        self._step, self._timestep = -1, float("-inf")
-        self._scheduler_calls, self._has_begun, self._is_driven = 0, False, False
-        self._prompts: list[Tensor] = []
-        self._first_prompt = self._next_prompt = 0
-        self._call = Call()
 
     def stats(self) -> Stats:
         """Say how much was computed and saved so far."""
@@ -542,14 +227,14 @@ class Handle:
         state, batch = self._state, len(hidden_states)
         state.task, state.is_training = running_backward(), site.model.training
         if self._forced is None and state.is_training:
-            self._forget_generation()
+            self._steps = Steps()
         elif self._forced is None:
-            is_first_call = self._count_step(arguments["timestep"], rises=site.adapter.timestep_rises)
-            self._call = Call(is_first_step=self._step == 0, is_first_call=is_first_call)
+            scheduler = getattr(self._target, "scheduler", None)
+            self._steps.count(arguments["timestep"], scheduler, rises=site.adapter.timestep_rises)
         prompt = self.config.prompt(arguments)
         if prompt is not None:
             self._prepare(prompt, layout, batch, hidden_states.device)
-        sparse = state.is_training or self._step >= self.dense_steps
+        sparse = state.is_training or self.step >= self.dense_steps
         sparse = sparse if self._forced is None else self._forced
         mask = self._text_mask(site.adapter, arguments, batch)
         state.layout = layout
@@ -557,10 +242,10 @@ class Handle:
         state.sparse = sparse and any(group.plan is not None for group in state.groups)
         state.kind = None
         if torch.is_grad_enabled() and state.task == -1:
-            state.kind = (
-                site.adapter.model, layout, state.sparse, state.is_training, self._phase,
-                None if mask is None else mask.numpy().tobytes(), None if prompt is None else self._call,
-            )  # fmt: skip
+            padding = None if mask is None else mask.numpy().tobytes()
+            call = None if prompt is None else self._steps.call
+            phase = self._phase
+            state.kind = (site.adapter.model, layout, state.sparse, state.is_training, phase, padding, call)
             state.keep_for_backward()
         if self._forced is None:
             self._count_work(site, hidden_states, layout)
@@ -598,7 +283,7 @@ class Handle:
 
     @property
     def _phase(self) -> Any:
-        return self.config.phase(max(self._step, 0))
+        return self.config.phase(max(self.step, 0))
 
     @property
     def _processors(self) -> list[Processor]:
@@ -617,8 +302,8 @@ class Handle:
         if self._state.is_training:
             return
         if self._forced is None:
-            self._number_prompt(prompt)
-        call = replace(self._call, is_comparing=self._forced is not None)
+            self._steps.number_prompt(prompt)
+        call = replace(self._steps.call, is_comparing=self._forced is not None)
         for processor in self._processors:
             processor.prepare(call, layout, batch, device)
 
@@ -659,59 +344,6 @@ class Handle:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
-
-    def _count_step(self, timestep: Any, *, rises: bool) -> bool:
-        """Count changes, not calls: guidance calls the model twice per step. A step back is a new generation.
-
-        Frames that are given, not made, may have a timestep of 0 of their own: the noisiest token counts.
-        The pipeline's scheduler knows better where it drives the model, that is where it begins and goes on
-        with the timesteps: when a generation begins, and how many evaluations a step has, whose timesteps may
-        repeat or rise.
-        Returns: whether this is the first call of a step.
-        """
-        now = float(torch.as_tensor(timestep).detach().max())
-        now = -now if rises else now
-        scheduler = getattr(self._target, "scheduler", None)
-        order, begin = getattr(scheduler, "order", 1), getattr(scheduler, "begin_index", None) or 0
-        calls = getattr(scheduler, "step_index", None)
-        calls = begin if calls is None else calls  # some begin to count at the end of the first step
-        goes_on = self._is_driven and calls != self._scheduler_calls
-        begins = calls == begin and self._has_begun
-        is_new = begins or (now > self._timestep and not goes_on)
-        is_change, before = now != self._timestep, self._step
-        if is_new:
-            self._step, self._is_driven = 0, calls == begin
-        elif is_change:
-            self._step, self._is_driven = self._step + 1, goes_on
-        self._timestep, self._scheduler_calls, self._has_begun = now, calls, calls != begin
-        if order == 1 or not self._is_driven:
-            return is_new or is_change
-        self._step = (calls - begin) // order
-        return is_new or self._step != before
-
-    def _number_prompt(self, prompt: Tensor) -> None:
-        """Tell prompts apart by what they are: a generation that follows one that was broken off in its first
-        step, or had but one, begins at the same timestep and looks like a further call of that step.
-        """
-        call, prompts = self._call, self._prompts
-        kind = lambda x: (x.shape, x.dtype, x.device)  # noqa: E731
-        same = (i for i, x in enumerate(prompts) if kind(x) == kind(prompt) and torch.equal(x, prompt))
-        number = next(same, None)
-        if number is None and call.is_first_step:
-            number, self._next_prompt = self._next_prompt, (self._next_prompt + 1) % PROMPTS
-            prompts[number : number + 1] = [prompt.detach().clone()]
-        elif number is None and call.is_first_call:
-            # A prompt that changes on the way goes on with what is remembered of the step before.
-            number = self._first_prompt
-            prompts[number : number + 1] = [prompt.detach().clone()]
-        if call.is_first_step:  # here, because dense steps do not ask the processors to attend
-            for processor in self._processors:
-                processor.forget(number)
-        if call.is_first_call:
-            self._first_prompt = number
-        has_prompt = number == self._first_prompt
-        number = self._first_prompt if number is None else number
-        self._call = replace(call, prompt=number, has_prompt=has_prompt)
 
     def _count_work(self, site: Site, hidden_states: Tensor, layout: TokenLayout) -> None:
         """Count here, not in the processors: a counter there would recompile the model at every step."""
@@ -803,110 +435,3 @@ def handles(pipe_or_transformer: Any) -> list[Handle]:
     processors = (getattr(module, "processor", None) for module in modules)
     found = (p.handle for p in processors if isinstance(p, Processor) and not p.state.is_removed)
     return list({id(handle): handle for handle in found if handle is not None}.values())
-
-
-def entries_of(target: Any) -> list[nn.Module]:
-    """What of a pipeline may be changed, or the module itself."""
-    if isinstance(target, nn.Module):
-        return [target]
-    parts = (getattr(target, name, None) for name in ("transformer", "transformer_2", "unet"))
-    return [part for part in parts if isinstance(part, nn.Module)]
-
-
-def find_sites(target: Any, method: str, dense_layers: int | Sequence[int | str] = 0) -> list[Site]:
-    """Return the transformers of `target` and the layers to change, or raise ConfigError; change nothing."""
-    entries = entries_of(target)
-    allowed = [adapter for adapter in ADAPTERS if method in adapter.methods]
-    names = ", ".join(adapter.model.__name__ for adapter in allowed)
-    if not entries:
-        raise ConfigError(
-            f"{method} attention needs a {names} or a pipeline with one, found {type(target).__name__}"
-        )
-    sites = []
-    for entry in entries:
-        model = getattr(entry, "_orig_mod", entry)  # what torch.compile wraps
-        adapter = next((adapter for adapter in allowed if isinstance(model, adapter.model)), None)
-        if adapter is None:
-            raise ConfigError(
-                f"{method} attention needs a {names} or a pipeline with one, found {type(model).__name__}"
-            )
-        refuse_context_parallel(model, method)
-        for name, layer in model.named_modules() if adapter.refused else ():
-            if isinstance(getattr(layer, "processor", None), adapter.refused):
-                raise ConfigError(
-                    f"{method} attention cannot run beside an IP-Adapter, found a "
-                    f"{type(layer.processor).__name__} at {name}; call unload_ip_adapter() first"
-                )
-        layers = select(adapter.layers(model), dense_layers)
-        for name, layer in layers.items():
-            refuse_foreign_processor(name, stock_of(layer.processor), adapter)
-        sites.append(Site(entry, model, adapter, layers))
-    return sites
-
-
-def select(layers: dict[str, nn.Module], dense_layers: int | Sequence[int | str]) -> dict[str, nn.Module]:
-    """Return the layers but for the first n, or for those given by index, name, path or pattern."""
-    names = list(layers)
-    if isinstance(dense_layers, bool) or (
-        isinstance(dense_layers, int) and not 0 <= dense_layers < len(names)
-    ):
-        raise ConfigError(f"dense_layers must lie in 0..{len(names) - 1}, found {dense_layers!r}")
-    if not isinstance(dense_layers, (int, Iterable)):
-        raise ConfigError(
-            f"dense_layers must be a number of layers, or names, patterns or indices, found {dense_layers!r}"
-        )
-    selectors = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
-    dense = set()
-    for selector in [selectors] if isinstance(selectors, str) else selectors:
-        if isinstance(selector, int):
-            is_index = selector >= 0 and not isinstance(selector, bool)
-            hits = names[selector : selector + 1] if is_index else []
-        else:
-            path = str(selector).removesuffix(".processor")
-            hits = [name for name in names if fnmatchcase(name, path) or name.startswith(path + ".")]
-        if not hits:
-            near = did_you_mean(str(selector), names) or f"; they are {names[0]} ... {names[-1]}"
-            raise ConfigError(f"dense_layers must name layers, found {selector!r}{near}")
-        dense.update(hits)
-    if len(dense) == len(names):
-        raise ConfigError(f"dense_layers must leave out at least one layer, found all {len(names)}")
-    return {name: layer for name, layer in layers.items() if name not in dense}
-
-
-def check_backend(name: str, op: str) -> None:
-    """Raise ConfigError for a backend that an operation does not have."""
-    names = ["auto", *(row.backend for row in ops.backends() if row.op == op)]
-    if name not in names:
-        near = did_you_mean(str(name), names)
-        raise ConfigError(f"backend must be one of {', '.join(names)}, found {name!r}{near}")
-
-
-def stock_of(processor: Any) -> Any:
-    """What a processor stands for: itself, or the original where its handle was removed."""
-    is_removed = isinstance(processor, Processor) and processor.state.is_removed
-    return processor.original if is_removed else processor
-
-
-def refuse_foreign_processor(name: str, processor: Any, adapter: Adapter) -> None:
-    """Raise ConfigError for a processor that cannot be replaced without losing what it does."""
-    found = type(processor).__name__
-    if isinstance(processor, Processor):
-        raise ConfigError(
-            f"{name} has a {found} already; call remove() of its handle (diffusion.handles finds it)"
-        )
-    if type(processor) not in adapter.stock:
-        allowed = ", ".join(cls.__name__ for cls in adapter.stock)
-        raise ConfigError(
-            f"{name} must have a {allowed}, found a {found}, whose effect would be lost; unload what "
-            "set it or list the layer in dense_layers"
-        )
-
-
-def refuse_context_parallel(model: nn.Module, method: str) -> None:
-    """Raise ConfigError where each process holds only a part of the sequence."""
-    parallel = getattr(model, "_parallel_config", None)
-    if getattr(parallel, "context_parallel_config", None) is not None:
-        raise ConfigError(
-            f"{method} attention cannot run with context parallelism, found it enabled on "
-            f"{type(model).__name__}; load the model without it"
-        )

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from zoo import ops
 from zoo.diffusion.adapters import Adapter
-from zoo.diffusion.handle import Config, Handle, Processor, apply, check_backend
+from zoo.diffusion.handle import Handle, apply
+from zoo.diffusion.processor import Config, Processor, check_backend
 from zoo.errors import ConfigError
 from zoo.layers.tokens import TokenLayout
 

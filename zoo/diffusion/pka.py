@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.diffusion.adapters import Adapter, flux_layout
-from zoo.diffusion.handle import Call, Config, Handle, Processor, apply, check_backend
+from zoo.diffusion.handle import Handle, apply
+from zoo.diffusion.processor import Config, Processor, check_backend
+from zoo.diffusion.steps import Call
 from zoo.errors import ConfigError
 from zoo.layers.pka import (
     COMBINES,
@@ -166,8 +168,9 @@ class PKAProcessor(Processor):
         At the first step there are none, and any of its calls may be the one with the prompt. Later it is
         the first call of a step that has it: guidance calls again without the keywords.
         """
-        known = self.masks.get(call.prompt)
-        routed = known
+        if call.is_first_step and not call.is_comparing:
+            self.masks.pop(call.prompt, None)  # of a generation before; dense steps may not find new ones
+        routed = known = self.masks.get(call.prompt)
         if not call.is_comparing:
             if call.is_first_step or call.is_first_call:
                 self.routed = None if call.is_first_step else known
@@ -187,9 +190,6 @@ class PKAProcessor(Processor):
             # Copies: what a recorded CUDA graph gives is overwritten when it runs again.
             self.masks[self.keeps] = [None if mask is None else mask.clone() for mask in found]
         self.keeps = None
-
-    def forget(self, prompt: int) -> None:
-        self.masks.pop(prompt, None)
 
 
 def apply_pka(

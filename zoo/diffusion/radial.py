@@ -16,7 +16,8 @@ from torch import Tensor
 
 from zoo import ops
 from zoo.diffusion.adapters import Adapter
-from zoo.diffusion.handle import Config, Handle, Processor, apply, check_backend
+from zoo.diffusion.handle import Handle, apply
+from zoo.diffusion.processor import Config, Processor, check_backend
 from zoo.layers.radial import radial_block_mask
 from zoo.layers.tokens import TokenLayout
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo import ConfigError, diffusion, ops
 from zoo.diffusion.agent import AgentConfig, MergePlan, Merger, Phase, agentsd_attention, plan_merge
-from zoo.diffusion.handle import Processor
+from zoo.diffusion.processor import Processor
 
 EARLY = Phase(stride=4, ratio=0.4, agent_ratio=0.95)
 BOTH = pytest.mark.parametrize("tiny", [SD15, SDXL], ids=repr)

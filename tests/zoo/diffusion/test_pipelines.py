@@ -523,7 +523,7 @@ def test_both_transformers_of_wan_22_are_changed_or_none():
     with pytest.raises(ConfigError, match="blocks.1.attn1 must have a WanAttnProcessor, found a object"):
         apply("radial", pipe)
     pipe.transformer_2.blocks[1].attn1.processor = before[0]
-    assert not any(isinstance(p, diffusion.handle.Processor) for p in processors(pipe))
+    assert not any(isinstance(p, diffusion.processor.Processor) for p in processors(pipe))
     with apply("radial", pipe) as handle:
         assert len(handle.layers) == 5
 
@@ -569,7 +569,7 @@ def test_processors_that_come_back_after_remove_are_the_stock_ones(method, tiny)
     assert torch.equal(found[0], stock) and torch.equal(found[1], output(tiny.build(), larger))
     with apply(method, model):
         assert not torch.equal(output(model, inputs), stock)
-    assert not any(isinstance(m.processor, diffusion.handle.Processor) for m, _ in ours)
+    assert not any(isinstance(m.processor, diffusion.processor.Processor) for m, _ in ours)
 
 
 @pytest.mark.parametrize("tiny", [SD3, COGVIDEOX, PIXART], ids=repr)
