@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.softmax import softmax
+
 
 def agent_attention(
     q: Tensor,
@@ -29,5 +31,4 @@ def attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor
     logits = scale * torch.einsum("bnhd,bmhd->bhnm", q, k)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
-    nothing = (logits == float("-inf")).all(dim=-1, keepdim=True)
-    return logits.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0)
+    return softmax(logits)[0]

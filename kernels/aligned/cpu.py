@@ -35,8 +35,9 @@ def aligned_attention(
         rows.append(row)
     logits = torch.stack(rows)
     lse = logits.logsumexp(dim=0)
+    weights = logits.softmax(dim=0)
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=dtype)
-    for (here, there), weight in zip(shifts, (logits - lse).exp(), strict=True):
+    for (here, there), weight in zip(shifts, weights, strict=True):
         out[here] = out[here] + weight[here][..., None] * v[there]
     return out.flatten(-3, -2), lse.flatten(-2)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zoo.kernels.softmax import softmax
+
 
 def aligned_attention(
     q: Tensor, k: Tensor, v: Tensor, radius: tuple[int, ...], scale: float
@@ -20,9 +22,8 @@ def aligned_attention(
 
     logits = scale * torch.einsum("bnhd,bnshd->bnhs", q, k[:, index])
     # A slot beyond the border repeats a key that has no weight; every query sees at least its own place.
-    logits = logits.masked_fill(~visible[:, None], float("-inf"))
-    lse = logits.logsumexp(dim=-1)
-    out = torch.einsum("bnhs,bnshd->bnhd", (logits - lse[..., None]).exp(), v[:, index])
+    weights, lse = softmax(logits.masked_fill(~visible[:, None], float("-inf")))
+    out = torch.einsum("bnhs,bnshd->bnhd", weights, v[:, index])
     return out.unflatten(1, grid), lse.unflatten(1, grid)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.bilevel.regions import to_map, to_regions
+from zoo.kernels.softmax import softmax
 
 
 def bilevel_routing_attention(
@@ -29,6 +30,6 @@ def bilevel_routing_attention(
     k, v = (x.flatten(2, 3).repeat_interleave(shared, 3) for x in (k, v))
 
     logits = scale * torch.einsum("bpqhd,bpkhd->bpqhk", q, k)
-    lse = logits.logsumexp(dim=-1)
-    out = torch.einsum("bpqhk,bpkhd->bpqhd", (logits - lse[..., None]).exp(), v)
+    weights, lse = softmax(logits)
+    out = torch.einsum("bpqhk,bpkhd->bpqhd", weights, v)
     return to_map(out, regions, grid), to_map(lse, regions, grid)

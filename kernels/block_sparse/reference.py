@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.block_sparse.blocks import BlockList
+from zoo.kernels.softmax import softmax
 
 
 def block_sparse_attention(
@@ -21,12 +22,8 @@ def block_sparse_attention(
     logits = scale * torch.einsum("bnhd,bmhd->bhnm", q, k)
     if bias is not None:
         logits = logits + bias.to(dtype)
-    logits = logits.masked_fill(~seen, float("-inf"))
-    # A row that sees nothing is 0 with LSE -inf; it is filled so that no gradient is -inf minus -inf.
-    some = (logits > float("-inf")).any(dim=-1, keepdim=True) | logits.isnan().any(dim=-1, keepdim=True)
-    lse = logits.masked_fill(~some, 0.0).logsumexp(dim=-1, keepdim=True)
-    out = torch.einsum("bhnm,bmhd->bnhd", (logits - lse).exp(), v)
-    return out, lse.masked_fill(~some, float("-inf")).squeeze(-1).transpose(1, 2)
+    weights, lse = softmax(logits.masked_fill(~seen, float("-inf")))
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v), lse.transpose(1, 2)
 
 
 def token_mask(blocks: BlockList, queries: int, keys: int) -> Tensor:

@@ -10,6 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from zoo.kernels.softmax import softmax
+
 
 def deformable_sample(x: Tensor, positions: Tensor) -> Tensor:
     """Sample [B, Y, X, C] at [B, G, N, 2]: [B, N, C] in at least float32, each group its own channels."""
@@ -46,10 +48,7 @@ def deformable_attention(
     if bias is not None:
         logits = logits + bias.to(dtype)
 
-    nothing = (logits == float("-inf")).all(dim=-1, keepdim=True)  # a bias may hide every key
-    logits = logits.masked_fill(nothing, 0.0)
-    weights = logits.softmax(dim=-1).masked_fill(nothing, 0.0)
-    lse = logits.logsumexp(dim=-1, keepdim=True).masked_fill(nothing, float("-inf")).squeeze(-1)
+    weights, lse = softmax(logits)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
     return out.unflatten(1, grid), lse.transpose(1, 2).unflatten(1, grid)
 

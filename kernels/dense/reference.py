@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.softmax import softmax
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
@@ -19,8 +21,5 @@ def attention(
     if key_mask is None:
         key_mask = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
     logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
-    # Nothing to see: 0 with LSE -inf; filled, so that no gradient is -inf minus -inf.
-    nothing = ~key_mask.any(dim=-1)[:, None, None, None]
-    lse = logits.masked_fill(nothing, 0.0).logsumexp(dim=-1, keepdim=True)
-    out = torch.einsum("bhnm,bmhd->bnhd", (logits - lse).exp(), v)
-    return out, lse.masked_fill(nothing, float("-inf")).squeeze(-1).transpose(1, 2)
+    weights, lse = softmax(logits)
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v), lse.transpose(1, 2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.neighborhood.geometry import Axis, keys_of
+from zoo.kernels.softmax import softmax
 
 
 def neighborhood_attention(
@@ -34,8 +35,7 @@ def neighborhood_attention(
         extra = scale * torch.einsum("bnhgd,bkhd->bnhgk", q, extra_k.to(dtype))
         logits = torch.cat([logits, extra], dim=-1)
 
-    lse = logits.logsumexp(dim=-1)
-    weights = (logits - lse[..., None]).exp()
+    weights, lse = softmax(logits)
     slots = index.shape[1]
     out = torch.einsum("bnhgk,bnkhd->bnhgd", weights[..., :slots], v[:, index])
     if extra_v is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.softmax import softmax
 from zoo.kernels.window.windows import in_windows
 
 
@@ -24,11 +25,8 @@ def window_attention(
         logits = scale * torch.einsum("whqd,whkd->whqk", q, k)
         if bias is not None:
             logits = logits + bias
-        nothing = (logits == float("-inf")).all(dim=-1, keepdim=True)  # a bias may hide the whole window
-        logits = logits.masked_fill(nothing, 0.0)
-        weights = logits.softmax(dim=-1).masked_fill(nothing, 0.0)
-        lse = logits.logsumexp(dim=-1, keepdim=True).masked_fill(nothing, float("-inf"))
-        return torch.einsum("whqk,whkd->whqd", weights, v), lse
+        weights, lse = softmax(logits)
+        return torch.einsum("whqk,whkd->whqd", weights, v), lse[..., None]
 
     q, k, v, bias = (None if x is None else x.to(dtype) for x in (q, k, v, bias))
     return in_windows(attend, q, k, v, window_size, shift, bias)
