@@ -111,21 +111,16 @@ def _train(
     )
     first = rank_zero_only.rank == 0
     with runs.lock(folder) if first else nullcontext():
-        start = partial(
-            runs.write_start, folder, made, command or f"zoo.train  # {shlex.join(sys.argv)}", classes
-        )
+        command = command or f"zoo.train  # {shlex.join(sys.argv)}"
+        begin = partial(runs.write_start, folder, made, command, classes)
         if first:
-            if content is None:
-                start()
             millions = sum(p.numel() for p in model.parameters()) / 1e6
             say(
                 f"{made.model.name} ({millions:.2f} M parameters) on {made.data.name}: "
                 f"{len(train_images):,} images to train, {len(val_images):,} to validate; {folder}"
             )
         resumed_at = content["global_step"] if content is not None else None
-        trainer = build_trainer(made, task, folder, checkpoints, resumed_at=resumed_at)
-        if first and content is not None:
-            start()  # not before: a recipe that Lightning refuses must not take the place of the one that ran
+        trainer = build_trainer(made, task, folder, checkpoints, resumed_at=resumed_at, begin=begin)
         try:
             trainer.fit(module, loader, val_loader, ckpt_path=checkpoint)
         except Stopped as stopped:

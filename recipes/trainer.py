@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,12 +23,24 @@ from zoo.recipes.tasks.base import Task
 
 
 def build_trainer(
-    made: Recipe, task: Task, folder: Path, checkpoints: Checkpoints, *, resumed_at: int | None
+    made: Recipe,
+    task: Task,
+    folder: Path,
+    checkpoints: Checkpoints,
+    *,
+    resumed_at: int | None,
+    begin: Callable[[], None],
 ) -> pl.Trainer:
-    """Return the Trainer of a recipe. Raises ConfigError for what Lightning refuses."""
+    """Return the Trainer of a recipe, which calls `begin` before its first step, in one of its processes.
+
+    Raises: ConfigError for what Lightning refuses.
+    """
     metrics = MetricsFile(folder / "metrics.csv", task.metrics)
-    if pl.utilities.rank_zero.rank_zero_only.rank == 0:
+
+    def begin_all() -> None:
+        begin()
         metrics.keep_until(resumed_at or 0)
+
     trainer, optim = made.trainer, made.optim
     try:
         return pl.Trainer(
@@ -44,7 +56,7 @@ def build_trainer(
             accumulate_grad_batches=optim.accumulate,
             gradient_clip_val=optim.clip_grad,
             # In this order: the report reads what the other one clears.
-            callbacks=[Report(task.monitor, task.label), checkpoints],
+            callbacks=[Beginning(begin_all), Report(task.monitor, task.label), checkpoints],
             logger=[metrics, TensorBoard(folder / "tensorboard", resumed_at and resumed_at + 1)],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder,
@@ -57,6 +69,17 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError, TypeError, ImportError) as error:
         raise ConfigError(f"Lightning refuses the trainer section: {' '.join(str(error).split())}") from None
+
+
+class Beginning(pl.Callback):
+    """Writes the first files of a run: not before the last check, for they replace those of a run resumed."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.begin()
 
 
 @contextmanager

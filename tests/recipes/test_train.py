@@ -306,10 +306,17 @@ def test_resuming_as_another_run_names_what_differs(run, finished, override, wor
     [
         ("optim.epochs=1", "optim.epochs=1 ends before .*last.ckpt, which has 2 epochs done; give 2 or more"),
         ("trainer.strategy=nonesuch", "Lightning refuses"),
+        ("trainer.num_nodes=1", "inside an epoch by 2 processes, not by 1"),
     ],
 )
-def test_a_refused_resume_leaves_the_recipe_of_the_run(run, finished, tmp_path, override, words):
+def test_a_refused_resume_leaves_the_run_as_it_was(run, finished, tmp_path, override, words):
     folder = shutil.copytree(finished, tmp_path / "own")
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("2,999,0.1,0.5,,\n")  # steps after the checkpoint, as of a run that was killed
+    if "processes" in words:
+        last = folder / "checkpoints/last.ckpt"
+        saved = torch.load(last, weights_only=False)
+        torch.save(saved | {"position": [1, 1], "world_size": 2}, last)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=words) as refused:
         run("x", override, resume=folder)
