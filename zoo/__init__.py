@@ -28,6 +28,7 @@ _LAZY = {
     "ops": ("zoo.ops", None),
     "analysis": ("zoo.analysis", None),
     "diffusion": ("zoo.diffusion", None),
+    "heads": ("zoo.heads", None),
     "accelerate": ("zoo.acceleration", "accelerate"),
     "capture_attention": ("zoo.attention", "capture_attention"),
     "recipe": ("zoo.recipes.api", "recipe"),

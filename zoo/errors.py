@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 
 
 class ZooError(Exception):
@@ -41,6 +41,13 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `"; did you mean a or b?"` for the choices nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def below_one(**rates: float) -> None:
+    """Raise ConfigError for the first of the named rates that is no number from 0 to below 1."""
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < 1:
+            raise ConfigError(f"{name} must be from 0 to below 1, found {rate!r}")
 
 
 def at_least(least: int, **sizes: int) -> None:

@@ -13,7 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.errors import ConfigError, IntegrityError, at_least, did_you_mean
+from zoo.errors import ConfigError, IntegrityError, at_least, below_one, did_you_mean
 from zoo.rows import replaced
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _BUILDER_ARGUMENTS = (
     "feature_cls",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
+    "img_size",
     "attention",
     "attention_kwargs",
 )
@@ -195,6 +196,8 @@ def list_models(
 
     Raises: ConfigError for an unknown family or task.
     """
+    if not isinstance(pattern, str):
+        raise ConfigError(f"pattern must be a text such as 'dinat*', found {pattern!r}")
     entries = _all().values()
     for argument, value, known in (
         ("family", family, {entry.family for entry in entries}),
@@ -293,7 +296,13 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bool) -> list[str]:
+    model = _unwrapped(model)
     target = getattr(model, "model", model) if hasattr(model, "feature_info") else model
+    if any(parameter.is_meta for parameter in target.parameters()):
+        raise ConfigError(
+            f"{type(target).__name__} is on the meta device, which holds no numbers; build it on another, or "
+            "call to_empty(device=...) before loading"
+        )
     if hasattr(target, "filter_checkpoint"):
         state = target.filter_checkpoint(state, target)
     own = target.state_dict()
@@ -342,6 +351,15 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bo
     )
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in what torch.compile, data parallelism and weight averaging put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not hasattr(inner, "state_dict"):
+            return model
+        model = inner
+
+
 def _is_like(value: Tensor, own: Tensor) -> bool:
     """Whether a tensor of a file can be one of a model: integers and complex numbers are no weights."""
     return value.shape == own.shape and value.is_floating_point() >= own.is_floating_point()
@@ -388,9 +406,9 @@ def _classifier_of_other_classes(
 def _refuse_numbers(kwargs: Mapping[str, Any]) -> None:
     """Refuse what timm would take and compute nonsense with."""
     at_least(1, in_chans=kwargs.get("in_chans", 3))
-    for key, rate in kwargs.items():
-        if key.endswith("_rate") and not (isinstance(rate, int | float) and 0 <= rate < 1):
-            raise ConfigError(f"{key} must be from 0 to below 1, found {rate!r}")
+    below_one(**{key: rate for key, rate in kwargs.items() if key.endswith("_rate")})
+    if kwargs.get("out_indices") is not None and not kwargs.get("features_only"):
+        raise ConfigError("out_indices are the stages of features_only=True, which is not given")
 
 
 def _refuse_other_files(kwargs: Mapping[str, Any]) -> None:
@@ -423,7 +441,12 @@ def _arguments(entry: Entry) -> set[str]:
     own = set(inspect.signature(entry.model.__init__).parameters) - {"self", "cfg"}
     if entry.timm_name is None:
         return own
-    return own | {f.name for f in fields(entry.config)} | set(_BUILDER_ARGUMENTS)
+    return own | _fields(entry) | set(_BUILDER_ARGUMENTS)
+
+
+def _fields(entry: Entry) -> set[str]:
+    """The fields of the entry's row that its model reads."""
+    return {f.name for f in fields(entry.config)} - set(entry.model.unused_fields)
 
 
 def _row(entry: Entry) -> dict[str, Any]:
@@ -437,7 +460,7 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         from timm.models import build_model_with_cfg
 
-        row = {f.name for f in fields(entry.config)} - set(inspect.signature(entry.model.__init__).parameters)
+        row = _fields(entry) - set(inspect.signature(entry.model.__init__).parameters)
         own = {key: kwargs.pop(key) for key in row & kwargs.keys()}
         if kwargs.get("img_size") is not None:  # timm's name of it
             if "input_size" in own:
@@ -452,24 +475,44 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
         attention, attention_kwargs = kwargs.pop("attention", None), kwargs.pop("attention_kwargs", None)
         if attention is None and attention_kwargs:
             raise ConfigError("attention_kwargs are the arguments of attention=, which is not given")
-        if attention is not None and pretrained:
-            raise ConfigError(_NO_WEIGHTS_FIT.format(entry.name))
+        if attention is not None:
+            if pretrained:
+                raise ConfigError(_NO_WEIGHTS_FIT.format(entry.name))
+            for argument in sorted(own.keys() & set(entry.model.attention_fields)):
+                raise ConfigError(
+                    f"{argument} is of {entry.name}'s own attention, which attention={attention!r} takes the "
+                    "place of; give attention_kwargs what that one takes"
+                )
+            if "qkv_bias" in own:
+                attention_kwargs = {"qkv_bias": own["qkv_bias"], **(attention_kwargs or {})}
         if kwargs.get("feature_cls", "getter") != "getter":
             raise ConfigError(
                 f"feature_cls must be 'getter', found {kwargs['feature_cls']!r}; "
                 "stages are no modules that a hook could watch"
             )
-        model = build_model_with_cfg(
-            entry.model,
-            entry.timm_name,
-            pretrained,
-            model_cfg=config,
-            pretrained_filter_fn=entry.model.filter_checkpoint,
-            # timm gives it to models of fixed size; ours read the row's input_size.
-            kwargs_filter=("img_size",),
-            feature_cfg={"out_indices": entry.model.default_features(config), "feature_cls": "getter"},
-            **kwargs,
+        tag, tags = (
+            kwargs.get("pretrained_cfg"),
+            sys.modules[build.__module__].default_cfgs[entry.timm_name].tags,
         )
+        if isinstance(tag, str) and tag not in tags:
+            raise ConfigError(
+                f"pretrained_cfg {tag!r} is no tag of {entry.name}; use {', '.join(map(repr, tags))}"
+                f"{did_you_mean(tag, tags)}"
+            )
+        try:
+            model = build_model_with_cfg(
+                entry.model,
+                entry.timm_name,
+                pretrained,
+                model_cfg=config,
+                pretrained_filter_fn=entry.model.filter_checkpoint,
+                # timm gives it to models of fixed size; ours read the row's input_size.
+                kwargs_filter=("img_size",),
+                feature_cfg={"out_indices": entry.model.default_features(config), "feature_cls": "getter"},
+                **kwargs,
+            )
+        except AssertionError as error:  # timm's way to say that there are fewer stages
+            raise ConfigError(f"out_indices={kwargs.get('out_indices')}: {error}") from None
         if attention is not None:
             from zoo.attention.swap import swap_attention
 

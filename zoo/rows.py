@@ -13,7 +13,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from zoo.errors import ConfigError
 
 Row = TypeVar("Row")
-FROM_ZERO = ("num_classes",)  # other whole numbers count things of which there is at least one
+# Other whole numbers count things of which there is at least one.
+FROM_ZERO = ("num_classes", "shift", "side_dwconv", "proj_drop")
 ANY_SIGN = ("offset_range_factor",)  # other numbers are ratios and shares
 
 
@@ -24,17 +25,22 @@ def replaced(row: Row, values: Mapping[str, Any]) -> Row:
         and fields of another number of stages than `dims`.
     """
     hints = get_type_hints(type(row))
-    made = replace(row, **{key: _fitted(key, value, hints[key]) for key, value in values.items()})
+    made = replace(row, **{key: fitted(key, value, hints[key]) for key, value in values.items()})
     _refuse_stages(made)
+    _refuse_ratios(made)
     return made
 
 
-def _fitted(key: str, value: Any, hint: Any) -> Any:
+def fitted(key: str, value: Any, hint: Any, inside: str = "") -> Any:
+    """Return a value as the type says, lists as tuples.
+
+    Raises: ConfigError for a value of another type, with `inside` telling where the key is.
+    """
     above = -math.inf if key in ANY_SIGN else -1 if key in FROM_ZERO else 0
     try:
         return _either(hint, value, above)
     except TypeError:
-        raise ConfigError(f"{key} must be {_words(hint, above)}, found {value!r}") from None
+        raise ConfigError(f"{key}{inside} must be {_words(hint, above)}, found {value!r}") from None
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -97,3 +103,13 @@ def _refuse_stages(row: Any) -> None:
         raise ConfigError(
             f"dims={row.dims} has {len(row.dims)} stages and {found} another number; give one value a stage"
         )
+
+
+def _refuse_ratios(row: Any) -> None:
+    """Refuse an MLP without a hidden channel."""
+    key = "mlp_ratios" if hasattr(row, "mlp_ratios") else "mlp_ratio"
+    ratios, dims = getattr(row, key, ()), getattr(row, "dims", None) or (getattr(row, "dim", 0),)
+    ratios = ratios if isinstance(ratios, tuple) else (ratios,) * len(dims)
+    for ratio, dim in zip(ratios, dims, strict=False):
+        if int(ratio * dim) < 1:
+            raise ConfigError(f"{key} must leave an MLP a channel, found {ratio} of {dim}")

@@ -17,7 +17,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: f
         mask = key_mask[:, None, None]  # [B, 1, 1, M]
         # PyTorch does not say what attention to nothing is; to all of these values it is 0.
         mask = mask | ~mask.any(dim=-1, keepdim=True)
-    shared = q.shape[2] > k.shape[2]
+    shared = bool(q.shape[2] > k.shape[2])  # while torch.jit.trace is at work, sizes are tensors
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=shared).transpose(
         1, 2

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 import zoo
 from zoo.registry import IMAGENET, register_family
@@ -31,11 +32,73 @@ def test_unknown_arguments_suggest_near_ones():
         zoo.create_model("nat_digits", pretrained=True, checkpoint_path="x.pth")
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("agent_digits", "sr_ratios", (4, 2, 1)),
+        ("agent_cswin_tiny", "clamp_window", False),
+        ("agent_pvt_tiny", "window_size", 14),
+        ("dat_tiny", "kernel_size", 9),
+        ("dat_digits", "window_size", 5),
+    ],
+)
+def test_arguments_of_another_body_of_the_family_are_unknown(name, argument, value):
+    with pytest.raises(zoo.ConfigError, match=f"unknown argument '{argument}' of {name}"):
+        zoo.create_model(name, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("nat_digits", {"out_indices": (0, 1)}, "out_indices .* features_only=True, which is not given"),
+        (
+            "nat_digits",
+            {"out_indices": (0, 5), "features_only": True},
+            r"out_indices=\(0, 5\): .*out of range",
+        ),
+        ("nat_digits", {"pretrained_cfg": "nope"}, "pretrained_cfg 'nope' is no tag of nat_digits; use"),
+        ("nat_digits", {"mlp_ratio": 0.001}, "mlp_ratio must leave an MLP a channel, found 0.001 of 24"),
+        ("agent_digits", {"mlp_ratios": (1, 0.01, 1)}, "mlp_ratios must leave .* found 0.01 of 48"),
+        ("agent_digits", {"dims": (24, 52, 96)}, r"dims=\(24, 52, 96\) must double from stage to stage"),
+        ("agent_cswin_tiny", {"stages": ("B",) * 4, "num_heads": (1, 2, 4, 8)}, "both must be even"),
+        (
+            "dat_tiny",
+            {"input_size": 20},
+            "input_size must be at least 32 for a token in every stage, found 20",
+        ),
+        ("vitrpb_small", {"input_size": 16}, "input_size must be above patch_size=16 .* found 16"),
+    ],
+)
+def test_models_that_cannot_be_are_refused_when_they_are_built(name, arguments, message):
+    with pytest.raises(zoo.ConfigError, match=message):
+        zoo.create_model(name, **arguments)
+
+
+def test_a_size_that_is_no_multiple_of_the_patches_is_padded():
+    model = zoo.create_model("vitrpb_small", input_size=230, depth=1, num_classes=3).eval()
+    assert model(torch.randn(1, 3, 230, 230)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(name, 40) for name in ("nat_digits", "biformer_digits", "dat_digits", "davit_digits", "agent_digits")]
+    + [("nat_isotropic_small", 232), ("agent_cswin_tiny", 225), ("dat_p", 250), ("biformer_stl", 250)],
+)
+def test_the_pool_size_is_that_of_the_last_map(name, size):
+    smaller = {"depth": 1} if "isotropic" in name else {}
+    model = zoo.create_model(name, input_size=size, **smaller).eval()
+    with torch.no_grad():
+        last = model.forward_features(torch.zeros(1, *model.default_cfg["input_size"]))
+    assert tuple(last.shape[1:3]) == tuple(model.default_cfg["pool_size"])
+
+
 def test_lists_take_globs_and_are_sorted():
     names = zoo.list_models("dinat_s_*")
     assert names == sorted(names) and "dinat_s_tiny" in names
     assert all(name.startswith("dinat_s_") for name in names)
     assert zoo.list_models("no-such*") == []
+    with pytest.raises(zoo.ConfigError, match="pattern must be a text such as 'dinat.*found 3"):
+        zoo.list_models(3)
     assert set(zoo.list_models(pretrained=True)) <= set(zoo.list_models())
 
 
@@ -165,6 +228,26 @@ def test_what_does_not_fit_is_named_and_nothing_changes(model, change, message, 
         zoo.load_checkpoint(model, path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert zoo.load_checkpoint(model, path, strict=False)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), torch.nn.DataParallel, AveragedModel]
+)
+def test_a_model_that_is_wrapped_takes_its_file(model, wrap, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), path)
+    other = zoo.create_model("nat_digits")
+    assert zoo.load_checkpoint(wrap(other), path) == []
+    wrapped = wrap(zoo.create_model("nat_digits"))
+    zoo.load_checkpoint(wrapped, path)
+    for ours, theirs in zip(wrapped.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_model_without_numbers_takes_no_weights(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(zoo.ConfigError, match="NAT is on the meta device, which holds no numbers"):
+        zoo.create_model("nat_digits", device="meta", checkpoint_path=tmp_path / "weights.pth")
 
 
 def test_another_models_file_is_refused_with_the_first_five_keys(model, tmp_path):

@@ -62,7 +62,7 @@ class BilevelRoutingAttention(nn.Module):
         qk_dim = dim if qk_dim is None else qk_dim
         if dim % num_heads or qk_dim % num_heads:
             raise ConfigError(f"dim {dim} and qk_dim {qk_dim} must be multiples of num_heads {num_heads}")
-        at_least(1, n_win=n_win, topk=topk)
+        at_least(1, n_win=n_win, topk=topk, kv_per_win=kv_per_win, kv_downsample_ratio=kv_downsample_ratio)
         if (diff_routing or param_routing) and not soft_routing:
             raise ConfigError(
                 "diff_routing and param_routing need soft_routing: a hard choice carries no gradient"
@@ -133,6 +133,11 @@ class BilevelRoutingAttention(nn.Module):
             "maxpool": F.max_pool2d,
         }[self.kv_downsample_mode]
         adaptive = self.kv_downsample_mode.startswith("ada")
+        if not adaptive and min(x.shape[2:]) < self.kv_downsample_ratio:
+            raise ConfigError(
+                f"kv_downsample_ratio {self.kv_downsample_ratio} leaves no token of regions of "
+                f"{x.shape[2]} x {x.shape[3]}; take a smaller one, or fewer regions (n_win)"
+            )
         x = pool(x, self.kv_per_win if adaptive else self.kv_downsample_ratio)
         x = x.unflatten(0, (-1, rows, columns)).permute(0, 1, 4, 2, 5, 3)
         return x.flatten(3, 4).flatten(1, 2).unflatten(-1, heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,17 +37,21 @@ def weights_under(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Ten
 def capture_attention(model: nn.Module) -> Iterator[dict[str, AttentionRecord]]:
     """Record the attention weights of every attention module that runs inside the block, by module name.
 
-    The records are detached and hold the last forward pass; the model computes as it always does, with any
-    backend, and is left as it was.
+    The records are detached and hold the last forward pass of this thread; the model computes as it always
+    does, with any backend, and is left as it was. What `torch.compile` has made of it waits outside: a graph
+    without the recording would be run again.
 
         with capture_attention(model) as records:
             model(images)
         records["levels.0.blocks.0.attn"].weights  # [B, Y, X, H, keys]
     """
     records: dict[str, AttentionRecord] = {}
+    ours = threading.get_ident()  # the hooks are the model's, which other threads may be running
 
     def recorder(name: str):  # noqa: ANN202
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if threading.get_ident() != ours:
+                return
             with torch.no_grad():
                 records[name] = module.attention_weights(*arguments)
 
@@ -54,11 +59,12 @@ def capture_attention(model: nn.Module) -> Iterator[dict[str, AttentionRecord]]:
 
     hooks = [
         module.register_forward_hook(recorder(name))
-        for name, module in model.named_modules()
+        for name, module in getattr(model, "_orig_mod", model).named_modules()
         if hasattr(module, "attention_weights")
     ]
     try:
-        yield records
+        with torch.compiler.set_stance("force_eager"):
+            yield records
     finally:
         for hook in hooks:
             hook.remove()

@@ -54,7 +54,7 @@ class ChannelAttention(nn.Module):
         """What attends, what is attended and what is summed as [B, Y, X, H, D], and the scale."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         if self.version == 1:
-            return (k, v, q), q.shape[-1] ** -0.5
+            return (k, v, q), (self.dim // self.num_heads) ** -0.5
         return (q, k, v), (x.shape[1] * x.shape[2]) ** -0.5
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -18,8 +17,9 @@ from zoo.attention import (
     NeighborhoodAttention,
     WindowAttention,
 )
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import ConfigError, below_one, did_you_mean
 from zoo.layers.backbone import Backbone, init_as_published
+from zoo.rows import fitted
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,19 @@ def swap_attention(
 ) -> None:
     """Replace every attention module of a hierarchical model by a new one of another mechanism, in place.
 
-    Widths and head counts stay; everything else is the mechanism's, or `attention_kwargs`, where a list
-    holds one value for each stage. The new modules are initialised, whatever weights the model had.
+    Widths, head counts and `proj_drop` stay; everything else is the mechanism's, or `attention_kwargs`, where
+    a list holds one value for each stage. The new modules are initialised, whatever weights the model had.
     Raises: ConfigError for an unknown mechanism or argument, and for a model that has no stages of falling
     resolution.
     """
-    if attention not in MECHANISMS:
+    if not isinstance(attention, str) or attention not in MECHANISMS:
         near = did_you_mean(str(attention), MECHANISMS)
         raise ConfigError(f"unknown attention {attention!r}; use {', '.join(MECHANISMS)}{near}")
     classes, choose = MECHANISMS[attention]
     if not isinstance(attention_kwargs, Mapping | None):
         raise ConfigError(f"attention_kwargs must be a dictionary of arguments, found {attention_kwargs!r}")
     given = dict(attention_kwargs or {})
-    allowed = {name for kind in classes for name in _arguments(kind)}
+    allowed = {name: hint for kind in classes for name, hint in _arguments(kind).items()}
     for name in given:
         if name not in allowed:
             raise ConfigError(
@@ -131,6 +131,14 @@ def swap_attention(
                 f"attention_kwargs {name!r} must have one value for each of {stages} stages, "
                 f"found {len(value)}"
             )
+        values = value if isinstance(value, list) else [value]
+        values = [
+            fitted(name, one, allowed[name], f" in attention_kwargs of {attention!r}") for one in values
+        ]
+        if name == "proj_drop":
+            for rate in values:
+                below_one(proj_drop=rate)
+        given[name] = values if isinstance(value, list) else values[0]
     for place, owner, name in list(_places(model, attention)):
         own = {k: v[place.stage] if isinstance(v, list) else v for k, v in given.items()}
         kind, defaults = choose(place, own)
@@ -140,7 +148,7 @@ def swap_attention(
         new = kind(
             place.dim,
             place.num_heads,
-            **defaults | {k: v for k, v in own.items() if k in known},
+            **{"proj_drop": old.proj_drop.p} | defaults | {k: v for k, v in own.items() if k in known},
             device=parameter.device,
             dtype=parameter.dtype,
         )
@@ -169,8 +177,8 @@ def _places(model: nn.Module, attention: str) -> Iterator[tuple[Place, nn.Module
             number += 1
 
 
-def _arguments(kind: type[nn.Module]) -> set[str]:
-    """What a mechanism's module takes beside its place."""
+def _arguments(kind: type[nn.Module]) -> dict[str, Any]:
+    """What a mechanism's module takes beside its place, and of which type."""
     # A map has no class token.
-    place = {"self", "dim", "num_heads", "class_token", "device", "dtype"}
-    return set(inspect.signature(kind.__init__).parameters) - place
+    place = {"dim", "num_heads", "class_token", "device", "dtype", "return"}
+    return {name: hint for name, hint in get_type_hints(kind.__init__).items() if name not in place}

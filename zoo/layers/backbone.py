@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError
 from zoo.layers.checkpoint import checkpoint
 
+POSITION_TABLES = ("rpb", "relative_position_bias_table", "rpe_table")  # of all attention modules
 POOLS = ("avg", "max", "avgmax", "fast", "fastavg", "fastmax", "fastavgmax", "")  # as many channels as before
 
 
@@ -31,6 +32,9 @@ class Backbone(nn.Module):
     head_name = "head"
     downsample_first = False
     norm_after_pool = False
+    undecayed: tuple[str, ...] = ()  # endings of the names of tables that weight decay leaves alone
+    attention_fields: tuple[str, ...] = ()  # of a row, that another attention= takes the place of
+    unused_fields: tuple[str, ...] = ()  # of a row, that another body of the same family reads
     as_published = True  # False under another attention=
 
     @property
@@ -202,8 +206,12 @@ class Backbone(nn.Module):
         return state
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that AdamW should not shrink beside the usual ones; none by default."""
-        return set()
+        """Names of the parameters that AdamW should not shrink beside the usual ones: position tables.
+
+        Families differ in which they decay; of another attention, which nobody has published, none is.
+        """
+        tables = self.undecayed if self.as_published else POSITION_TABLES
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in tables}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Say to which layer each parameter belongs, for layer-wise learning rates."""
@@ -224,6 +232,16 @@ class Stage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
+
+
+def refuse_pyramid(dims: Sequence[int], num_heads: Sequence[int]) -> None:
+    """Raise ConfigError where widths do not double from stage to stage or heads do not divide them."""
+    doubled = tuple(dims[0] * 2**i for i in range(len(dims)))
+    if tuple(dims) != doubled:
+        raise ConfigError(f"dims={dims} must double from stage to stage, such as {doubled}")
+    for dim, heads in zip(dims, num_heads, strict=True):
+        if dim % heads:
+            raise ConfigError(f"num_heads={num_heads}: {heads} does not divide the dim {dim}")
 
 
 def init_as_published(module: nn.Module) -> None:

@@ -14,7 +14,8 @@ HIDDEN_AT_ONCE = 1 << 21
 class Mlp(timm.layers.Mlp):
     """Two linear layers around an activation, as timm's, which on a CPU take a few tokens at a time.
 
-    Shapes: [.., C] in and out. Where gradients are wanted everything is kept anyway, and taken at once.
+    Shapes: [.., C] in and out. Where gradients are wanted everything is kept anyway, and taken at once, as
+    where somebody watches the layers.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -24,6 +25,7 @@ class Mlp(timm.layers.Mlp):
             x.device.type != "cpu"
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.children())
             or x[..., 0].numel() <= 2 * tokens
         ):
             return super().forward(x)

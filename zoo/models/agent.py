@@ -23,7 +23,7 @@ from zoo.attention.global_attention import GlobalAttention
 from zoo.attention.stripes import StripeMixing
 from zoo.attention.window import WindowAttention
 from zoo.errors import ConfigError
-from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published
+from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published, refuse_pyramid
 from zoo.layers.patches import PatchMerging, PatchTokenizer
 from zoo.registry import register_family
 from zoo.weights.convert.agent import fit_tables
@@ -36,7 +36,9 @@ class AgentConfig:
     `stages` has a letter for every block: A agent attention, B the body's own. `agent_num` are the agents of
     every stage that the tables are made for; `agent_shapes` pools them over other grids, with the same
     weights, as the published models for dense prediction do. Tables are made for images of `input_size`.
-    `window_size` is that of Swin's B blocks, and the width of CSwin's stripes.
+    `window_size` is that of Swin's B blocks, and the width of CSwin's stripes. Where a map is no wider than a
+    window of Swin's, `clamp_window` makes it one window without a shift, as the classifiers do; the published
+    models for dense prediction shift all the same. `sr_ratios` are PVT's.
     """
 
     dims: tuple[int, ...] = (96, 192, 384, 768)
@@ -45,6 +47,7 @@ class AgentConfig:
     agent_num: tuple[int, ...] = (9, 16, 49, 49)
     agent_shapes: tuple[tuple[int, int], ...] | None = None
     window_size: int = 7
+    clamp_window: bool = True
     mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0, 4.0)
     sr_ratios: tuple[int, ...] = (1, 1, 1, 1)
     input_size: int = 224
@@ -124,10 +127,8 @@ class AgentBackbone(Backbone):
     """What the four bodies have in common: checkpoints of any input size, and what timm wants to know."""
 
     first_conv = "patch_embed.proj"
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that AdamW should not shrink: the window tables, but not the agents'."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+    undecayed = ("relative_position_bias_table",)  # but not the agents'
+    attention_fields = ("agent_num", "agent_shapes", "window_size", "clamp_window", "sr_ratios")
 
     @staticmethod
     def filter_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -156,6 +157,7 @@ class AgentSwin(AgentBackbone):
     """
 
     stage_list = "layers"
+    unused_fields = ("sr_ratios",)
 
     def __init__(
         self,
@@ -172,6 +174,7 @@ class AgentSwin(AgentBackbone):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        refuse_pyramid(cfg.dims, cfg.num_heads)
         rates = drop_path_rates(drop_path_rate, cfg.depths)
         self.patch_embed = PatchTokenizer(in_chans, cfg.dims[0], **factory)
         stages = []
@@ -187,7 +190,7 @@ class AgentSwin(AgentBackbone):
                         cfg.num_heads[i],
                         window_size=cfg.window_size,
                         shift=cfg.window_size // 2 if j % 2 else 0,
-                        clamp_window=True,
+                        clamp_window=cfg.clamp_window,
                         **place,
                     )
                 blocks.append(Block(attn, mlp_ratio=cfg.mlp_ratios[i], drop_path=rates[i][j], **place))
@@ -260,6 +263,7 @@ class AgentPVT(NumberedStages):
     stage_list = "block"
     step_names = ("patch_embed", "pos_embed")
     first_conv = "patch_embed1.proj"
+    unused_fields = ("window_size", "clamp_window")
 
     def __init__(
         self,
@@ -440,6 +444,7 @@ class AgentCSwin(NumberedStages):
 
     stage_list = "stage"
     first_conv = "stage1_conv_embed.0"
+    unused_fields = ("sr_ratios", "clamp_window")
 
     def __init__(
         self,
@@ -498,13 +503,26 @@ class AgentCSwin(NumberedStages):
             return [AgentMixing(dim, heads, **cfg.agents(i), convolution="get_v", **factory)]
         if i == len(cfg.dims) - 1:
             return [StripeMixing(dim, heads, **factory)]
+        if dim % 2 or heads % 2:
+            raise ConfigError(
+                "B blocks before the last stage have stripes in two directions, which share width and heads: "
+                f"both must be even, found dims={cfg.dims} and num_heads={cfg.num_heads}"
+            )
         return [
             StripeMixing(dim // 2, heads // 2, direction=direction, width=cfg.window_size, **factory)
             for direction in ("down", "across")
         ]
 
     def stem(self, x: Tensor) -> Tensor:
+        rows, columns = x.shape[-2:]
+        if rows < 3 or columns < 3:
+            raise ConfigError(f"images must be at least 3 x 3, found {rows} x {columns}")
         return self.stage1_conv_embed(x)
+
+    @classmethod
+    def default_cfg(cls, cfg: AgentConfig) -> dict[str, object]:
+        side = -(-((cfg.input_size - 3) // 4 + 1) // 2 ** (len(cfg.stages) - 1))  # the stem pads too little
+        return {**super().default_cfg(cfg), "pool_size": (side, side)}
 
     def next_resolution(self, stage: NumberedStage, x: Tensor) -> Tensor:
         return getattr(self, f"merge{stage.number}")(x)

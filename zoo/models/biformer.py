@@ -98,6 +98,7 @@ class BiFormer(Backbone):
     """
 
     stage = Stage
+    attention_fields = ("n_win", "topks")
     pos_embed = True  # a depthwise convolution before the attention of every block
 
     def __init__(
@@ -213,14 +214,10 @@ class BiFormer(Backbone):
         ]
         return {"stem": stem, "blocks": blocks}
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that AdamW should not shrink: none, as published."""
-        return set()
-
     @staticmethod
     def default_cfg(cfg: BiFormerConfig) -> dict[str, object]:
         """What timm wants to know of a row."""
-        side = cfg.input_size // (4 * 2 ** (len(cfg.dims) - 1))
+        side = -(-cfg.input_size // (4 * 2 ** (len(cfg.dims) - 1)))
         return {"pool_size": (side, side), "first_conv": "downsample_layers.0.0"}
 
     @staticmethod
@@ -265,7 +262,12 @@ class BiFormerSTL(BiFormer):
     @staticmethod
     def default_cfg(cfg: BiFormerConfig) -> dict[str, object]:
         least = 4 * 2 ** (len(cfg.dims) - 1)
-        return {**BiFormer.default_cfg(cfg), "min_input_size": (3, least, least)}
+        side = cfg.input_size // least
+        return {
+            **BiFormer.default_cfg(cfg),
+            "pool_size": (side, side),
+            "min_input_size": (3, least, least),
+        }
 
 
 class BiFormerSTLRagged(BiFormerSTL):

@@ -27,7 +27,7 @@ from zoo.layers.backbone import Backbone, drop_path_rates
 from zoo.registry import register_family
 
 DERIVED = (".relative_position_index", ".attn_mask")  # in published files; ours are computed
-TABLES = (".rpe_table", ".relative_position_bias_table")
+TABLES = ("rpe_table", "relative_position_bias_table")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +178,11 @@ class Stage(nn.Module):
 class DeformableBackbone(Backbone):
     """What DAT and DAT++ share: a pyramid whose blocks attend as the letters of its stages say."""
 
+    undecayed = TABLES  # but not the neighborhoods'
+    attention_fields = (
+        "groups", "strides", "offset_kernel_sizes", "offset_range_factor", "kernel_size", "window_size",
+        "table_size",
+    )  # fmt: skip
     norm_name = "cls_norm"
     head_name = "cls_head"
     version: int
@@ -204,6 +209,12 @@ class DeformableBackbone(Backbone):
                 f"stages of {type(self).__name__} are made of the letters {', '.join(self.letters)}, "
                 f"found {', '.join(sorted(wrong))}"
             )
+        for field in ("input_size", "table_size"):
+            size = getattr(cfg, field)
+            if not cfg.convolutional and size is not None and size < _reduction(cfg):
+                raise ConfigError(
+                    f"{field} must be at least {_reduction(cfg)} for a token in every stage, found {size}"
+                )
         self.form = Form.of_row(cfg)
         self.input_size, self.least = cfg.input_size, _smallest_image(cfg)
         # Where nothing is padded, an image must have a token in every stage.
@@ -326,11 +337,6 @@ class DeformableBackbone(Backbone):
             "blocks": [(r"^down_projs\.(\d+)", (99999,)), *blocks, (r"^cls_norm", (99999,))],
         }
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that AdamW should not shrink: the position tables, but not the
-        neighborhoods', as published."""
-        return {name for name, _ in self.named_parameters() if name.endswith(TABLES)}
-
     @staticmethod
     def filter_checkpoint(state: dict[str, Tensor], model: DeformableBackbone) -> dict[str, Tensor]:
         """Drop what follows from the geometry, and resize position tables made for another size.
@@ -352,7 +358,9 @@ class DeformableBackbone(Backbone):
     @staticmethod
     def default_cfg(cfg: DATConfig) -> dict[str, object]:
         """What timm wants to know of a row. Published evaluation does not keep the images' proportions."""
-        side = cfg.input_size // _reduction(cfg)
+        side = (
+            -(-cfg.input_size // _reduction(cfg)) if cfg.convolutional else cfg.input_size // _reduction(cfg)
+        )
         names = {"first_conv": "patch_proj.0", "classifier": "cls_head"}
         return {"pool_size": (side, side), "crop_mode": "squash", **names}
 
@@ -370,6 +378,7 @@ class DAT(DeformableBackbone):
 
     version = 1
     letters = "DLS"
+    unused_fields = ("kernel_size",)
 
     def refuse_size(self, rows: int, columns: int) -> None:
         if (rows, columns) != (self.input_size, self.input_size):
@@ -392,6 +401,7 @@ class DATPlus(DeformableBackbone):
 
     version = 2
     letters = "DN"
+    unused_fields = ("window_size",)
 
     def refuse_size(self, rows: int, columns: int) -> None:
         if rows < self.least or columns < self.least:

@@ -97,7 +97,7 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A norm, then a convolution of stride 2; an even kernel sees no padding but the odd row or column's."""
+    """A norm, then a convolution of stride 2; an even kernel sees no padding but what it needs to fit."""
 
     def __init__(self, dim: int, out_dim: int, kernel_size: int, **factory: object) -> None:
         super().__init__()
@@ -108,8 +108,9 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = x.shape[1:3]
         x = self.norm(x)
-        if self.conv.kernel_size[0] % 2 == 0:
-            x = F.pad(x, (0, 0, 0, columns % 2, 0, rows % 2))
+        side = self.conv.kernel_size[0]
+        if side % 2 == 0:
+            x = F.pad(x, (0, 0, 0, max(columns % 2, side - columns), 0, max(rows % 2, side - rows)))
         return self.conv(x)
 
 
@@ -129,6 +130,7 @@ class DaViT(Backbone):
     (arXiv:2311.06242) Sec. 4.
     """
 
+    attention_fields = ("window_size", "channel_version")
     downsample_first = True
     norm_after_pool = True
     norm_name = "head.norm"
@@ -211,7 +213,7 @@ class DaViT(Backbone):
     @staticmethod
     def default_cfg(cfg: DaViTConfig) -> dict[str, object]:
         """What timm wants to know of a row."""
-        side = cfg.input_size // (4 * 2 ** (len(cfg.dims) - 1))
+        side = -(-cfg.input_size // (4 * 2 ** (len(cfg.dims) - 1)))
         return {"pool_size": (side, side), "first_conv": "stem.conv", "classifier": "head.fc"}
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.attention import NeighborhoodAttention
 from zoo.errors import ConfigError
-from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published
+from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published, refuse_pyramid
 from zoo.layers.patches import PatchMerging, PatchTokenizer
 from zoo.registry import register_family
 from zoo.weights.convert.nat import from_huggingface
@@ -142,6 +142,8 @@ class NAT(Backbone):
     """
 
     stage_list = "levels"
+    undecayed = ("rpb",)
+    attention_fields = ("kernel_size", "dilations")
     tokenizer = ConvTokenizer
     downsample = ConvDownsample
 
@@ -160,7 +162,7 @@ class NAT(Backbone):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        _refuse_stages(cfg)
+        refuse_pyramid(cfg.dims, cfg.num_heads)
         dilations = _dilations(cfg)
         rates = drop_path_rates(drop_path_rate, cfg.depths)
         self.patch_embed = self.tokenizer(in_chans, cfg.dims[0], **factory)
@@ -199,10 +201,6 @@ class NAT(Backbone):
     def stem(self, x: Tensor) -> Tensor:
         return self.patch_embed(x)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that AdamW should not shrink: the position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
     @staticmethod
     def filter_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Accept published files and Hugging Face's layout; drop what follows from the geometry."""
@@ -212,7 +210,7 @@ class NAT(Backbone):
     @staticmethod
     def default_cfg(cfg: NATConfig) -> dict[str, object]:
         """What timm wants to know of a row."""
-        side = cfg.input_size // (4 * 2 ** (len(cfg.dims) - 1))
+        side = -(-cfg.input_size // (4 * 2 ** (len(cfg.dims) - 1)))
         return {"pool_size": (side, side), "first_conv": "patch_embed.proj.0"}
 
     @staticmethod
@@ -244,7 +242,7 @@ class NATIsotropic(Backbone):
     """
 
     stage_list = "layers"  # every block is a stage
-    no_weight_decay = NAT.no_weight_decay
+    undecayed = NAT.undecayed
     filter_checkpoint = staticmethod(NAT.filter_checkpoint)
 
     def __init__(
@@ -262,7 +260,13 @@ class NATIsotropic(Backbone):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        self.fixed_side = cfg.input_size // cfg.patch_size if cfg.kernel_size is None else None
+        side = -(-cfg.input_size // cfg.patch_size)
+        if cfg.kernel_size is None and side < 2:
+            raise ConfigError(
+                f"input_size must be above patch_size={cfg.patch_size} for a map of more than a token, "
+                f"found {cfg.input_size}"
+            )
+        self.fixed_side = side if cfg.kernel_size is None else None
         dilations = cfg.dilations or (1,) * cfg.depth
         if len(dilations) != cfg.depth:
             raise ConfigError(
@@ -319,7 +323,7 @@ class NATIsotropic(Backbone):
     @staticmethod
     def default_cfg(cfg: IsotropicConfig) -> dict[str, object]:
         """What timm wants to know of a row."""
-        side = cfg.input_size // cfg.patch_size
+        side = -(-cfg.input_size // cfg.patch_size)
         fixed = cfg.kernel_size is None
         return {"pool_size": (side, side), "first_conv": "patch_embed.proj", "fixed_input_size": fixed}
 
@@ -327,16 +331,6 @@ class NATIsotropic(Backbone):
     def default_features(cfg: IsotropicConfig) -> tuple[int, ...]:
         """The blocks that `features_only` returns: the last three."""
         return tuple(range(max(0, cfg.depth - 3), cfg.depth))
-
-
-def _refuse_stages(cfg: NATConfig) -> None:
-    """Raise ConfigError where dims and heads are not those of one pyramid."""
-    doubled = tuple(cfg.dims[0] * 2**i for i in range(len(cfg.dims)))
-    if cfg.dims != doubled:
-        raise ConfigError(f"dims={cfg.dims} must double from stage to stage, such as {doubled}")
-    for dim, heads in zip(cfg.dims, cfg.num_heads, strict=True):
-        if dim % heads:
-            raise ConfigError(f"num_heads={cfg.num_heads}: {heads} does not divide the dim {dim}")
 
 
 def _dilations(cfg: NATConfig) -> Sequence[Sequence[int | str]]:

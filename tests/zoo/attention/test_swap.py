@@ -118,20 +118,83 @@ def test_timm_loads_no_weights_under_another_attention():
 @pytest.mark.parametrize(
     ("attention", "arguments", "message"),
     [
-        ("window", {"window_size": 0}, "window_size must be a whole number from 1, found 0"),
+        ("window", {"window_size": 0}, "window_size in .*window' must be a whole number above 0 .*found 0"),
         ("neighborhood", {"kernel_size": 1}, "kernel_size must be a whole number from 2, found 1"),
-        ("neighborhood", {"dilation": True}, "dilation must be a whole number from 1, found True"),
+        (
+            "neighborhood",
+            {"dilation": True},
+            "dilation in .* above 0 or a text, found True",
+        ),
         ("bilevel", {"side_dwconv": 4}, "side_dwconv must be odd, found 4"),
         ("global", {"side_dwconv": 4}, "side_dwconv must be odd, found 4"),
         ("agent", {"class_token": True}, "unknown argument 'class_token'"),
-        ("agent", {"agent_shape": (0, 3)}, "agent_shape must be a whole number from 1, found 0"),
-        ("deformable", {"stride": 0}, "stride must be a whole number from 1, found 0"),
+        ("agent", {"agent_shape": (0, 3)}, "agent_shape in .* a tuple of 2 whole numbers above 0 or None"),
+        ("deformable", {"stride": 0}, "stride in .* must be a whole number above 0, found 0"),
+        ("agent", {"agent_shape": (1, 2, 3)}, "agent_shape in .* must be a tuple of 2 whole numbers"),
+        (
+            "window",
+            {"window_size": [(3,)] * 3},
+            "window_size in .* or a tuple of 2 whole numbers",
+        ),
+        ("window", {"scale": "x"}, "scale in .* must be a number above 0 or None, found 'x'"),
+        ("window", {"proj_drop": 2}, "proj_drop must be from 0 to below 1, found 2.0"),
+        ("window", {"qkv_bias": "no"}, "qkv_bias in .* must be true or false, found 'no'"),
+        ("bilevel", {"kv_per_win": 0}, "kv_per_win in .* must be a whole number above 0, found 0"),
         ("window", "a", "attention_kwargs must be a dictionary"),
+        (["window"], {}, r"unknown attention \['window'\]; use neighborhood"),
     ],
 )
 def test_numbers_that_no_module_takes_are_told_when_it_is_built(attention, arguments, message):
     with pytest.raises(zoo.ConfigError, match=message):
         zoo.create_model("nat_digits", attention=attention, attention_kwargs=arguments)
+
+
+def test_regions_too_small_to_pool_are_told():
+    arguments = {"kv_downsample_mode": "avgpool", "n_win": 4}
+    model = build("nat_digits", attention="bilevel", attention_kwargs=arguments)
+    with pytest.raises(zoo.ConfigError, match="kv_downsample_ratio 4 leaves no token of regions of 2 x 2"):
+        model(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("attention", MECHANISMS)
+def test_what_the_body_was_asked_for_is_asked_of_the_attention(attention):
+    model = build("nat_digits", attention=attention, proj_drop_rate=0.3, qkv_bias=False)
+    modules = [module for module in model.modules() if hasattr(module, "attention_weights")]
+    assert modules and {module.proj_drop.p for module in modules} == {0.3}
+    assert not any("qkv" in name and name.endswith("bias") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("nat_digits", {"dilations": "auto"}),
+        ("biformer_digits", {"n_win": 2}),
+        ("davit_digits", {"window_size": 3}),
+        ("dat_digits", {"groups": (1, 1, 1)}),
+        ("agent_digits", {"agent_num": (4, 4, 4)}),
+    ],
+)
+def test_arguments_of_the_attention_that_is_not_there_are_refused(name, arguments):
+    (argument,) = arguments
+    build(name, **arguments)
+    with pytest.raises(zoo.ConfigError, match=f"{argument} is of {name}'s own attention.* attention_kwargs"):
+        build(name, attention="window", **arguments)
+
+
+@pytest.mark.parametrize("name", ["nat_digits", "biformer_digits", "davit_digits", "agent_digits"])
+@pytest.mark.parametrize(
+    ("attention", "table"),
+    [
+        ("window", "relative_position_bias_table"),
+        ("neighborhood", "rpb"),
+        ("deformable", "rpe_table"),
+        ("global", None),
+    ],
+)
+def test_position_tables_are_not_decayed_in_any_body(name, attention, table):
+    model = build(name, attention=attention)
+    tables = {key for key, _ in model.named_parameters() if table and key.endswith(table)}
+    assert model.no_weight_decay() == tables and bool(tables) == (table is not None)
 
 
 def test_a_list_holds_one_value_for_each_stage():

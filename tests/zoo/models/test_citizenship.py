@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 
 import zoo
 from zoo import ops
+from zoo.layers.mlp import Mlp
 
 SMALL = zoo.list_models("*_digits", task="classification")
 TRACED = [
@@ -235,6 +239,43 @@ def test_captured_weights_sum_to_one_and_rebuild_the_attention(name):
     before = model(images)
     assert not any(m._forward_hooks for m in model.modules())
     torch.testing.assert_close(model(images), before)
+
+
+def test_threads_capture_their_own_passes():
+    model = build("nat_digits")
+    images = [image(model) for _ in range(4)]
+    turns = threading.Barrier(len(images))
+
+    def captured(x: torch.Tensor) -> list[torch.Tensor]:
+        with zoo.capture_attention(model) as records:
+            turns.wait()
+            with torch.no_grad():
+                model(x)
+            turns.wait()
+        return [record.weights for record in records.values()]
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        together = list(pool.map(captured, images))
+    turns = threading.Barrier(1)
+    torch.testing.assert_close(together, [captured(x) for x in images], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("of", ["the model", "the compiled one"])
+def test_a_model_that_is_compiled_already_is_captured(of):
+    model = build("nat_digits")
+    compiled, images = torch.compile(model, backend="eager"), image(model)
+    before = compiled(images)
+    with zoo.capture_attention(model if of == "the model" else compiled) as records:
+        torch.testing.assert_close(compiled(images), before)
+    assert list(records) == [n for n, m in model.named_modules() if hasattr(m, "attention_weights")]
+
+
+def test_hooks_on_layers_of_an_mlp_see_all_tokens_at_once():
+    mlp, seen = Mlp(4, 1 << 20), []
+    mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    with torch.no_grad():
+        mlp(torch.randn(1, 2, 3, 4))
+    assert seen == [(1, 2, 3, 1 << 20)]
 
 
 def test_captured_neighborhoods_rebuild_the_output_of_their_module():
