@@ -17,8 +17,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: f
         mask = key_mask[:, None, None]  # [B, 1, 1, M]
         # PyTorch does not say what attention to nothing is; to all of these values it is 0.
         mask = mask | ~mask.any(dim=-1, keepdim=True)
-    shared = bool(q.shape[2] > k.shape[2])  # while torch.jit.trace is at work, sizes are tensors
+    shared = {"enable_gqa": True} if q.shape[2] > k.shape[2] else {}  # a branch: a symbol is no answer
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=shared).transpose(
-        1, 2
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **shared).transpose(1, 2)

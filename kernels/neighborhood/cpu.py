@@ -58,11 +58,9 @@ def _tile(axis: Axis, size: int) -> Tiles:
 
 def _whole(axis: Axis) -> Tiles:
     """The whole axis as one tile, dilation groups and all."""
-    first, end = axis.windows()
     tokens = np.arange(axis.length)
-    position, group = np.divmod(tokens, axis.dilation)
-    seen = (group[:, None] == group) & (first[:, None] <= position) & (position < end[:, None])
-    return _tiles(axis, tokens[None], tokens[None], seen[None], (position - position[:, None])[None])
+    position = tokens // axis.dilation
+    return _tiles(axis, tokens[None], tokens[None], axis.seen()[None], (position - position[:, None])[None])
 
 
 def _tiles(axis: Axis, queries: np.ndarray, keys: np.ndarray, seen: np.ndarray, apart: np.ndarray) -> Tiles:

@@ -42,6 +42,13 @@ class Axis(NamedTuple):
         start = np.clip(leader - self.kernel_size // 2, 0, last + 1 - self.kernel_size)
         return start, start + self.kernel_size
 
+    def seen(self) -> np.ndarray:
+        """Does the query see the key, of all tokens: bool [length, length]."""
+        first, end = self.windows()
+        position, group = np.divmod(np.arange(self.length), self.dilation)
+        same = group[:, None] == group
+        return same & (first[:, None] <= position) & (position < end[:, None])
+
     def group_length(self, group: np.ndarray) -> np.ndarray:
         """Tokens in the dilation group that starts at token `group`."""
         return -(-(self.length - group) // self.dilation)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from zoo.kernels import dispatch, tile
+from zoo.kernels import dispatch, peers, tile
 from zoo.kernels.checks import floating, on_one_grid, same_kind, scale_or_default, without_autocast
 from zoo.kernels.neighborhood import cpu, reference, schema
 from zoo.kernels.neighborhood.geometry import Axis, keys_of
@@ -216,6 +217,53 @@ def _describe_triton(call: Call) -> str:
     return triton.describe(call.axes, call.q, call.v, call.rpb is not None)
 
 
+def _natten_missing() -> str | None:
+    from zoo.kernels.neighborhood import peers
+
+    return peers.natten_missing()
+
+
+def _natten_why_not(call: Call) -> str | None:
+    from zoo.kernels.neighborhood.peers import natten_why_not
+
+    q, k, v, extra_k, extra_v = call.q, call.k, call.v, call.extra_k, call.extra_v
+    leaves = [x for x in (q, k, v, extra_k, extra_v) if x is not None]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    if call.rpb is not None:
+        return "a bias, which natten has not"
+    if q.dtype == torch.float64:
+        return "float64 tensors"
+    if 0 in q.shape or 0 in v.shape:
+        return f"a tensor without entries, found {tuple(q.shape)}"
+    if call.scale == 0:
+        return "a scale of 0, which natten takes for its default"
+    if call.return_lse and learns:
+        return "an LSE with a gradient"
+    if q.device.type == "cpu" and learns:
+        return "natten has no backward pass on a CPU"
+    return natten_why_not(q, k, v)
+
+
+def _run_natten(call: Call) -> tuple[Tensor, Tensor]:
+    from zoo.kernels.neighborhood import peers
+
+    return peers.natten(call.q, call.k, call.v, call.axes, call.scale, call.extra_k, call.extra_v)
+
+
+def _flex_why_not(call: Call) -> str | None:
+    if call.rpb is not None:
+        return "a bias"
+    if call.extra_k is not None:
+        return "extra keys"
+    return peers.flex_why_not([call.q, call.k, call.v], call.q.shape[-1])
+
+
+def _run_flex(call: Call) -> tuple[Tensor, Tensor]:
+    from zoo.kernels.neighborhood import peers
+
+    return peers.flex(call.q, call.k, call.v, call.axes, call.scale)
+
+
 dispatch.OPERATIONS[OP] = (
     dispatch.Backend(
         "triton",
@@ -229,6 +277,10 @@ dispatch.OPERATIONS[OP] = (
         run=lambda call: cpu.neighborhood_attention(*_arguments(call), return_lse=call.return_lse),
         why_not=_cpu_why_not,
         configuration=lambda call: cpu.describe(call.axes),
+    ),
+    dispatch.Backend("flex", run=_run_flex, why_not=_flex_why_not, only_by_name=True),
+    dispatch.Backend(
+        "natten", run=_run_natten, why_not=_natten_why_not, missing=_natten_missing, only_by_name=True
     ),
     dispatch.Backend(
         "reference",

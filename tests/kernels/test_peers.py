@@ -1,8 +1,10 @@
-"""flex_attention and xformers as named backends: the same numbers, never chosen, refused with a reason."""
+"""flex_attention, xformers and NATTEN as named backends: the same numbers, never chosen, refused in words."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -140,12 +142,80 @@ def test_xformers_is_handed_the_windows(xformers):
     )
 
 
-def test_auto_takes_neither_and_both_are_named(monkeypatch):
+GEOMETRIES = [
+    ((40,), 7, {"dilation": 3}),
+    ((17,), 4, {"stride": 2, "is_causal": True}),
+    ((12, 13), (3, 5), {"dilation": (2, 1), "is_causal": (True, False)}),
+    ((5, 6, 7), (3, 3, 2), {"dilation": (1, 2, 1), "stride": (2, 1, 1)}),
+]
+
+
+@pytest.mark.parametrize(("grid", "kernel_size", "options"), GEOMETRIES)
+def test_flex_computes_neighborhood_attention(grid, kernel_size, options):
+    q, k, v = (torch.randn(2, *grid, heads, 16) for heads in (4, 2, 2))
+    options = {**options, "return_lse": True, "scale": 0.3}
+    out = ops.neighborhood_attention(q, k, v, kernel_size, **options, backend="flex")
+    expected = ops.neighborhood_attention(q, k, v, kernel_size, **options, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def natten(monkeypatch):
+    """A stand-in with the package's arguments: the package itself needs a compiler of CUDA to be of use."""
+    functions = {name: partial(getattr(ops, name), backend="reference") for name in ("na1d", "na2d", "na3d")}
+    monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(**functions))
+    choose = lambda q, k, v, torch_compile: "flex-fna"  # noqa: E731
+    monkeypatch.setitem(sys.modules, "natten.backends", SimpleNamespace(choose_backend=choose))
+    monkeypatch.setattr("zoo.kernels.neighborhood.peers.natten_missing", lambda: None)
+
+
+@pytest.mark.parametrize(("grid", "kernel_size", "options"), GEOMETRIES)
+def test_natten_is_handed_the_neighborhoods(natten, grid, kernel_size, options):
+    q, k, v = (torch.randn(2, *grid, heads, 16) for heads in (4, 2, 2))
+    extra = torch.randn(2, 3, 2, 16)
+    options = {**options, "extra_k": extra, "extra_v": extra, "return_lse": True, "scale": 0.3}
+    out = ops.neighborhood_attention(q, k, v, kernel_size, **options, backend="natten")
+    expected = ops.neighborhood_attention(q, k, v, kernel_size, **options, backend="reference")
+    torch.testing.assert_close(out, expected)
+
+
+def test_what_they_cannot_run_of_neighborhoods_is_told(natten, monkeypatch):
+    q, k, v = torch.randn(3, 1, 9, 9, 2, 16)
+    rpb, extra = torch.zeros(2, 5, 5), torch.randn(1, 3, 2, 16)
+
+    def told(backend: str, *inputs: torch.Tensor, **options) -> str:
+        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run") as refused:
+            ops.neighborhood_attention(*inputs, 3, backend=backend, **options)
+        return str(refused.value)
+
+    assert "a bias" in told("flex", q, k, v, rpb=rpb) and "a bias" in told("natten", q, k, v, rpb=rpb)
+    assert "extra keys" in told("flex", q, k, v, extra_k=extra, extra_v=extra)
+    assert "float64" in told("natten", q.double(), k.double(), v.double())
+    assert "scale of 0" in told("natten", q, k, v, scale=0.0)
+    assert "no backward pass on a CPU" in told("natten", q.clone().requires_grad_(), k, v)
+    assert "LSE with a gradient" in told("natten", q.clone().requires_grad_(), k, v, return_lse=True)
+
+    def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, torch_compile: bool) -> str:
+        raise NotImplementedError("no suitable backend")
+
+    monkeypatch.setattr(sys.modules["natten.backends"], "choose_backend", refuse)
+    assert "no kernel for torch.float32 heads of 16 on cpu: no suitable" in told("natten", q, k, v)
+    monkeypatch.undo()
+    if find_spec("natten") is None:
+        assert "natten is not installed; use cpu" in told("natten", q, k, v)
+
+
+def test_auto_takes_none_and_all_are_named(monkeypatch):
     rows = {(row.op, row.backend): row.reason for row in ops.backends()}
-    for op in ("block_sparse_attention", "window_attention"):
+    peers_of = {
+        "block_sparse_attention": ["flex", "xformers"],
+        "window_attention": ["flex", "xformers"],
+        "neighborhood_attention": ["flex", "natten"],
+    }
+    for op, names in peers_of.items():
         assert rows[op, "flex"] is None
         table = [b for b in dispatch.OPERATIONS[op] if b.only_by_name]
-        assert [b.name for b in table] == ["flex", "xformers"]
+        assert [b.name for b in table] == names
         monkeypatch.setitem(dispatch.OPERATIONS, op, tuple(table))
     q, k, v = qkv(32)
     with pytest.raises(RuntimeError, match="no backend of block_sparse_attention can run"):
