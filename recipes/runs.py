@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +84,20 @@ def find_runs(root: str | Path = RUNS) -> tuple[list[Run], list[str]]:
     root = Path(root)
     if not root.is_dir():
         raise ConfigError(f"no folder {root}; `zoo train` makes runs/, or name the folder that holds yours")
-    runs, wrong = [], []
-    for config in sorted(root.rglob("config.yaml")):
+    runs: list[Run] = []
+    wrong: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        wrong.append(f"{error.filename} cannot be read ({error.strerror})")
+
+    walk = os.walk(root, onerror=unreadable)
+    for folder in sorted(Path(parent) for parent, _, names in walk if "config.yaml" in names):
         try:
-            runs.append(read_run(config.parent))
+            runs.append(read_run(folder))
         except ZooError as error:
-            wrong.append(f"{config.parent}: {' '.join(str(error).split())[:160]}")
+            wrong.append(f"{folder}: {' '.join(str(error).split())[:160]}")
+        except OSError as error:
+            unreadable(error)
     return sorted(runs, key=lambda run: run.started, reverse=True), wrong
 
 

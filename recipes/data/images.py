@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, NoReturn, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -192,6 +192,11 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder} cannot be read ({error.strerror})") from None
 
 
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    # Left out, it would be missed by nobody: training would go on with the rest.
+    raise DataError(f"{error.filename} cannot be read ({error.strerror})") from None
+
+
 def _identity(folder: str | Path) -> tuple[int, int] | None:
     """Return what is the same for all paths of a folder, None where it cannot be told."""
     try:
@@ -204,12 +209,13 @@ def _identity(folder: str | Path) -> tuple[int, int] | None:
 def images_below(folder: Path, others: Counter[str]) -> list[str]:
     """Return the image files in a folder and those in it, sorted; other files are counted by their ending.
 
-    Links are followed, but to no folder that has been seen or that holds this one.
+    Links are followed, but to no folder that has been seen or that holds this one. Raises DataError for a
+    folder that cannot be read.
     """
     files = []
     own = folder.absolute(), folder.resolve()
     seen = {_identity(each) for path in own for each in (path, *path.parents)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
         below = {name: _identity(f"{parent}/{name}") for name in sorted(folders) if not name.startswith(".")}
         folders[:] = []
         for name, identity in below.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -39,6 +40,19 @@ def test_runs_are_listed_and_a_damaged_one_is_named(folder, capsys):
     assert states == {"first": "finished", "second": "stopped"}
     assert "broken" in printed.err and len(printed.err.splitlines()) == 1
     assert main(["runs", "list", str(folder / "nowhere")]) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("mode", [0, 0o400], ids=["unreadable", "names only"])
+def test_a_run_that_cannot_be_read_is_named_too(folder, mode, capsys):
+    (folder / "deeper" / "second").chmod(mode)
+    try:
+        assert main(["runs", "list", str(folder)]) == 0
+    finally:
+        (folder / "deeper" / "second").chmod(0o755)
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    assert any("second" in line and "cannot be read" in line for line in printed.err.splitlines())
 
 
 def test_the_best_validation_and_the_last_step_are_read(folder):

@@ -344,6 +344,19 @@ def test_a_folder_without_permission_is_named(tmp_path):
         ImageFolder(tmp_path / "train")
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("closed", ["a", "a/deep"])
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, closed):
+    root = tree(tmp_path, "a/1.png", "a/deep/2.png", "b/3.png")
+    (root / closed).chmod(0)
+    try:
+        for find in (ImageFolder, lambda folder: image_files([folder])):
+            with pytest.raises(DataError, match=rf"/{closed} cannot be read \(Permission denied\)"):
+                find(root)
+    finally:
+        (root / closed).chmod(0o755)
+
+
 # ---- what a user names on the command line
 
 
