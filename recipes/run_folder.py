@@ -42,10 +42,14 @@ PACKAGES = (
     "pytorch-lightning", "torchmetrics", "numpy", "pillow",
 )  # fmt: skip
 
-# What must be the same for a run to go on: the network, and what batch and step mean.
+# What must be the same for a run to go on: the network, what it sees, what batch and step mean, and how
+# validation judges, for the best of all epochs is kept.
 FROZEN = (
     "task", "seed", "model.name", "model.num_classes", "model.args", "model.freeze", "model.probe",
     "data.name", "data.batch_size", "data.balance",
+    "data.image_size", "data.mean", "data.std", "data.crop_pct", "data.interpolation", "data.max_side",
+    "data.ignore_index", "data.reduce_zero_label", "data.width", "data.frames", "data.words",
+    "data.conditions", "inference",
     "optim.name", "optim.ema", "optim.ema_warmup", "optim.accumulate", "optim.layer_decay", "head",
     "diffusion", "data.vae", "lora", "attention",
 )  # fmt: skip

@@ -21,9 +21,9 @@ from torch.utils.data._utils import signal_handling
 
 from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
 from zoo.recipes import api
-from zoo.recipes.config import recipe
-from zoo.recipes.run_folder import refuse_another
-from zoo.recipes.schema import Optim
+from zoo.recipes.config import all_keys, recipe
+from zoo.recipes.run_folder import FROZEN, refuse_another
+from zoo.recipes.schema import RECIPES, Optim
 from zoo.recipes.tasks import classification
 from zoo.recipes.tasks.classification import Classification
 from zoo.recipes.train import train
@@ -288,6 +288,11 @@ def test_without_a_folder_each_run_gets_its_own(recipe_file, tmp_path, monkeypat
     [
         ("model.name=nat_mini", "model.name nat_digits -> nat_mini"),
         ("data.batch_size=4", "data.batch_size 8 -> 4"),
+        ("data.image_size=64", "data.image_size None -> 64"),
+        ("data.mean=[0, 0, 0]", "data.mean None -> [0.0, 0.0, 0.0]"),
+        ("data.std=[1, 1, 1]", "data.std None -> [1.0, 1.0, 1.0]"),
+        ("data.crop_pct=0.5", "data.crop_pct None -> 0.5"),
+        ("data.interpolation=nearest", "data.interpolation None -> nearest"),
         ("optim.ema=null", "optim.ema 0.9 -> None"),
         ("seed=5", "seed 0 -> 5"),
         ("model.args={kernel_size: 5}", "model.args"),
@@ -299,6 +304,11 @@ def test_resuming_as_another_run_names_what_differs(run, finished, override, wor
         run("x", override, resume=finished)
     assert words in str(refused.value)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_what_must_stay_in_a_run_are_keys_of_recipes():
+    known = [key for kind in RECIPES.values() for key in all_keys(kind)]
+    assert [part for part in FROZEN if not any(key.startswith(part) for key in known)] == []
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,19 @@ def test_sigterm_saves_the_step_it_came_in(run, segmented, at_step, tmp_path, wh
     assert_same(segmented, tmp_path / "stopped")
 
 
-def test_another_decoder_is_another_run(run, segmented):
-    with pytest.raises(ConfigError, match=r"head.channels 8 -> 16"):
-        run("x", "head.channels=16", resume=segmented)
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("head.channels=16", "head.channels 8 -> 16"),
+        ("data.max_side=30", "data.max_side None -> 30"),
+        ("data.reduce_zero_label=true", "data.reduce_zero_label False -> True"),
+        ("inference.flip=false", "inference.flip True -> False"),
+    ],
+)
+def test_another_decoder_or_another_validation_is_another_run(run, segmented, override, words):
+    with pytest.raises(ConfigError, match="; resume it with its own values") as refused:
+        run("x", override, resume=segmented)
+    assert words in str(refused.value)
 
 
 def test_a_loss_that_is_not_finite_stops_within_its_step(run, monkeypatch, tmp_path):
