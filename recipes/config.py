@@ -29,7 +29,8 @@ from zoo.weights.files import open_file
 CONFIGS = Path(__file__).resolve().parent / "configs"
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
-TO_BE_GIVEN = "(to be given)"
+LATER = "???"  # what a file says of a key that a user gives later
+TO_BE_GIVEN = "(to be given)"  # what a text without a default is until then
 
 
 # ---- names and files
@@ -204,24 +205,25 @@ def build(raw: dict[str, Any], *, source: str = "recipe", allow_missing: bool = 
     _refuse_code(raw, "", source)
     kind = _kind(raw, source)
     _check_keys(raw, kind, "", source, kind)
+    written = dict(_leaves(raw))
+    # Merged over a default, ??? is dropped without a word; only keys without one are still missing then.
+    later = {key for key, value in written.items() if value == LATER}
     try:
         config = OmegaConf.merge(_schema(kind), OmegaConf.create(raw))
-        missing = sorted(OmegaConf.missing_keys(config))
+        empty = OmegaConf.missing_keys(config)
+        missing = sorted(later | empty)
         if missing and not allow_missing:
             raise ConfigError(f"{source}: {missing[0]} is not given; add {missing[0]}=... to the command")
-        for key in missing:
+        for key in empty:
             OmegaConf.update(config, key, TO_BE_GIVEN)
         made = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_explain(error, raw, kind)}") from None
     assert isinstance(made, Recipe)
     resolved = dataclasses.asdict(made)
-    written = dict(_leaves(raw))
-    made._interpolated = {
-        key: (value, pick(resolved, key))
-        for key, value in written.items()
-        if isinstance(value, str) and "${" in value
-    }
+    interpolated = {key: value for key, value in written.items() if isinstance(value, str) and "${" in value}
+    interpolated |= dict.fromkeys(missing, LATER)
+    made._interpolated = {key: (value, pick(resolved, key)) for key, value in interpolated.items()}
     return made
 
 
@@ -330,7 +332,7 @@ def _is_of_another_shape(value: Any, hint: str) -> bool:
     """Tell whether a list or group stands where none belongs, or a text, even `${...}`, in their place."""
     if isinstance(value, dict | list):
         return type(value).__name__ not in hint
-    return isinstance(value, str) and ("list" in hint or "dict" in hint)
+    return isinstance(value, str) and value != LATER and ("list" in hint or "dict" in hint)
 
 
 def _first(kind: type) -> str:
@@ -407,14 +409,21 @@ def check(made: Recipe, *, names: bool = True) -> None:
             _check_name(made, key, value, metadata["names"])
         elif "is_right" in metadata:
             texts.append((key, value, metadata))
-    _check_together(made)
-    made.refuse()
+    if not _has_stand_ins(made):
+        _check_together(made)
+        made.refuse()
     if names:
         for key, value, allowed in slow:
             _check_name(made, key, value, allowed)
         for key, value, metadata in texts:
             if not metadata["is_right"](value):
                 raise ConfigError(f"{key}={made.shown(key)!r} is not {metadata['wanted']}")
+
+
+def _has_stand_ins(made: Recipe) -> bool:
+    """Whether a default stands where a value is given later: what fits it says nothing of that."""
+    said = made._interpolated.values()
+    return any(written == LATER and meant not in (None, TO_BE_GIVEN) for written, meant in said)
 
 
 def _fields(made: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -258,7 +258,8 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     trainer: Trainer = field(default_factory=Trainer)
 
-    # What each interpolated key said and became: `plain` puts the former back, so that no secret is saved.
+    # What each interpolated key, or one to be given later, said and became: `plain` puts the former back, so
+    # that no secret is saved.
     _interpolated: typing.ClassVar[dict[str, tuple[str, Any]]] = {}
 
     def refuse(self) -> None:

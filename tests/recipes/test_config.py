@@ -9,10 +9,11 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from zoo.errors import ConfigError
 from zoo.recipes.config import all_keys, check, find_recipe, head_comment, recipe, recipe_names
-from zoo.recipes.schema import RECIPES, Recipe
+from zoo.recipes.schema import RECIPES, Recipe, put
 
 GOOD = "model: {name: nat_digits}\ndata: {name: digits}\n"
 
@@ -186,6 +187,28 @@ def test_a_text_is_what_was_typed(good, text):
 
 def test_a_text_that_may_be_missing_can_be_taken_away(good):
     assert recipe(good, ["model.checkpoint=w.pth", "model.checkpoint=null"]).model.checkpoint is None
+
+
+@pytest.mark.parametrize("key", [key for key, _, _ in ALL if key != "task"])
+def test_what_is_given_later_must_be_given_and_is_shown_as_such(tmp_path, key):
+    content = yaml.safe_load(GOOD)
+    put(content, key, "???")
+    file = write(tmp_path, yaml.safe_dump(content))
+    assert refused(file, names=False) == f"{file}: {key} is not given; add {key}=... to the command"
+    made = recipe(file, allow_missing=True, names=False)
+    if key != "name":  # that of the file stands in for it
+        assert made.shown(key) == "???"
+
+
+def test_what_is_given_later_is_judged_by_what_is_given(tmp_path):
+    (tmp_path / "parent.yaml").write_text(GOOD + "optim: {epochs: 7, lr: 0.5, warmup_epochs: 0}\n")
+    file = write(tmp_path, "base: parent.yaml\noptim:\n  epochs: ???\n  lr: ???\n  warmup_epochs: 200\n")
+    assert "optim.lr is not given" in refused(file, "optim.epochs=300", names=False)
+    made = recipe(file, ["optim.epochs=300", "optim.lr=0.25"], names=False)
+    assert (made.optim.epochs, made.optim.lr) == (300, 0.25)
+    made = recipe(file, allow_missing=True, names=False)  # 200 is not compared with a default
+    assert "epochs: ???" in made.yaml() and "lr: ???" in made.yaml()
+    assert "optim.lr is not given" in refused(file, "optim.epochs=300", "optim.lr=???", names=False)
 
 
 # ---- files
