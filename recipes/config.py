@@ -466,7 +466,7 @@ def _check_name(made: Recipe, key: str, value: str, allowed: Any) -> None:
 
 def _check_together(made: Recipe) -> None:
     optim, data, model = made.optim, made.data, made.model
-    if made.name and not re.fullmatch(r"[\w][\w .+-]*", made.name):
+    if made.name and not re.fullmatch(r"[\w][\w .+=-]*", made.name):
         raise ConfigError(f"name={made.shown('name')!r} must be a plain folder name")
     if optim.warmup_epochs > optim.epochs:
         raise ConfigError(

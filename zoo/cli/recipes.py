@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,8 +46,8 @@ def train(
     from zoo.recipes.config import recipe
     from zoo.recipes.data import open_halves
 
-    overrides = [text for text in arguments if "=" in text]
-    names = [text for text in arguments if "=" not in text]
+    overrides = [text for text in arguments if _is_override(text, resume)]
+    names = [text for text in arguments if not _is_override(text, resume)]
     # What is wrong with recipe or data is said before torch is imported, which takes seconds.
     if resume:
         (made, where), images = _resumed(names, overrides, run_dir), None
@@ -65,6 +67,13 @@ def train(
     )
 
 
+def _is_override(text: str, resume: bool) -> bool:
+    """Whether a text is key=value, not a file, or a folder to resume, that has a = in its name."""
+    if re.match(r"\s*[A-Za-z_][\w.]*\s*=", text) is None or text.endswith((".yaml", ".yml")):
+        return False
+    return not (resume and os.path.exists(text))  # noqa: PTH110 - Path's own raises for a long value
+
+
 def _only(names: list[str]) -> str:
     from zoo.errors import ConfigError
 
@@ -80,7 +89,7 @@ def _resumed(names: list[str], overrides: list[str], run_dir: Path | None) -> tu
     from zoo.recipes.config import recipe, recipe_names
     from zoo.recipes.run_folder import latest_run, refuse_another, resume_point
 
-    given = [name for name in names if name.endswith(".yaml") or name in recipe_names()]
+    given = [name for name in names if name.endswith((".yaml", ".yml")) or name in recipe_names()]
     paths = [name for name in names if name not in given]
     if len(paths) > 1 or len(given) > 1 or (paths and run_dir is not None and Path(paths[0]) != run_dir):
         raise ConfigError(f"--resume takes one run folder or checkpoint, found {', '.join(map(str, names))}")

@@ -85,9 +85,28 @@ def test_resume_finds_the_last_run_or_the_named_one(zoo, home):
     assert status == 0
 
 
+def test_a_file_or_a_run_may_have_an_equals_sign_in_its_name(zoo, home):
+    (home / "d=x.yaml").write_bytes((home / "tiny.yaml").read_bytes())
+    assert zoo("train", "d=x.yaml", "--run-dir", "lr=0.001")[0] == 0
+    assert (home / "lr=0.001" / "model.safetensors").exists()
+    status, _, err = zoo("train", "--resume", "lr=0.001", "optim.lr=0.5")
+    assert status == 0 and any("resuming lr=0.001" in line for line in err)
+    # A folder of that name is no recipe, so that here it is an override all the same.
+    (home / "seed=a").mkdir()
+    refused(zoo("train", "tiny.yaml", "seed=a"), 2, "seed='a' is not a whole number")
+    long = "model.args={" + ", ".join(f"a{number}: {number}" for number in range(100)) + "}"
+    refused(zoo("train", "--resume", "lr=0.001", long), 2, "model.args")
+
+
+def test_a_recipe_to_resume_may_end_in_yml(zoo, home):
+    (home / "small.yml").write_bytes((home / "tiny.yaml").read_bytes())
+    refused(zoo("train", "--resume", "small.yml"), 2, "no run of small")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
+        (["--resume", "runs/lr=0.1"], 2, "nothing to resume at runs/lr=0.1"),
         (["tiny.yml"], 2, "no recipe file tiny.yml"),
         (["classification/digitz"], 2, "did you mean classification/digits"),
         (["tiny.yaml", "optim.lrr=1"], 2, "did you mean optim.lr"),
