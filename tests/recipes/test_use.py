@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from zoo.errors import ConfigError, DataError, IntegrityError, ResourceError
 from zoo.recipes import api
+from zoo.recipes.data.transforms import InputSettings
 from zoo.recipes.judging import Judge, distances
-from zoo.recipes.run_folder import load_trained
+from zoo.recipes.run_folder import Trained, load_trained
 
 
 @pytest.fixture(params=["folder", "model.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt"])
@@ -59,6 +60,56 @@ def test_a_file_from_a_machine_with_other_variables_is_usable(run, image_folder,
     with pytest.raises(ConfigError, match="data.root"):
         api.evaluate(folder)
     assert api.evaluate(folder, overrides=[f"data.root={image_folder}"]).images == 10
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.image_size=48",
+        "data.mean=[0, 0, 0]",
+        "data.std=[1, 1, 1]",
+        "data.crop_pct=0.5",
+        "data.interpolation=nearest",
+    ],
+)
+def test_an_evaluation_sees_the_images_as_it_is_told(finished, override):
+    trained = load_trained(finished)
+    own, settings = api.evaluate(trained), trained.settings
+    assert api.evaluate(trained, overrides=[override]).loss != own.loss
+    assert trained.settings == settings and api.evaluate(trained).loss == own.loss
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.name=dat_digits", "model.name=dat_digits is of the network or its training"),
+        ("model.args={kernel_size: 5}", "an evaluation takes data.*"),
+        ("optim.lr=1", "optim.lr=1.0 is of the network"),
+        ("name=other", "name=other is of"),
+        ("data.balance=1", "data.balance=1.0 has no effect on an evaluation"),
+    ],
+)
+def test_an_override_that_an_evaluation_does_not_read_is_refused(finished, override, words):
+    with pytest.raises(ConfigError) as refused:
+        api.evaluate(finished, overrides=[override])
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_evaluation_has_one_place_of_images(finished, image_folder):
+    with pytest.raises(ConfigError, match="data.root=x and data=.* are both given; choose one"):
+        api.evaluate(finished, image_folder, overrides=["data.root=x"])
+
+
+def test_a_network_of_one_size_says_so(image_folder):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2)
+    trained = Trained(
+        model=model, name="timm/vit_tiny_patch16_224", classes=["dark", "light"], settings=InputSettings.of(model),
+        recipe=None, source="x",
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match="vit_tiny_patch16_224 does not take data.image_size=48: Input height"
+    ):
+        api.evaluate(trained, image_folder, overrides=["data.image_size=48", "data.workers=0"])
 
 
 def test_a_model_of_fewer_classes_does_not_judge_unknown_ones(finished, image_folder, tmp_path):

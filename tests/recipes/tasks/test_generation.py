@@ -673,6 +673,14 @@ def test_latents_that_do_not_fit_are_one_line(run, vae_folder, tmp_path, overrid
     assert "\n" not in str(refused.value)
 
 
+def test_an_evaluation_sees_the_images_as_it_is_told(made):
+    own = api.evaluate(made, overrides=["sampling.count=0"])
+    smaller = api.evaluate(made, overrides=["sampling.count=0", "data.image_size=8"])
+    assert own.loss != smaller.loss
+    with pytest.raises(ConfigError, match=r"data.mean=\[0.0, 0.0, 0.0\] has no effect on an evaluation"):
+        api.evaluate(made, overrides=["data.mean=[0, 0, 0]"])
+
+
 # ---- the shipped model
 
 

@@ -328,6 +328,16 @@ def test_eval_says_miou_and_every_class(segmented, tmp_path, capsys):
     assert list(facts["class_iou"]) == ["ground", "light", "dark"]
 
 
+@pytest.mark.parametrize("override", ["data.image_size=48", "data.max_side=20", "inference.flip=false"])
+def test_an_evaluation_sees_the_images_as_it_is_told(segmented, override):
+    assert api.evaluate(segmented, overrides=[override]).loss != api.evaluate(segmented).loss
+
+
+def test_an_evaluation_takes_no_other_decoder(segmented):
+    with pytest.raises(ConfigError, match=r"head.channels=16 is of the network .* data.\*, inference.\*$"):
+        api.evaluate(segmented, overrides=["head.channels=16"])
+
+
 def test_colours_of_overlays_are_where_the_classes_are():
     image, mask = Image.new("RGB", (4, 2), (100, 100, 100)), np.array([[-1, 0, 1, 2]] * 2)
     pixels = np.asarray(pictures.overlay(image, mask))
