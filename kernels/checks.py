@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,8 +43,16 @@ def floating(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
 
 
+def tensors(**given: Tensor) -> None:
+    """Raise ValueError for what is no tensor."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, found {type(x).__name__}")
+
+
 def heads_last(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless these are [B, N, Hq, D], [B, M, Hkv, D] and [B, M, Hkv, Dv], Hq = n Hkv."""
+    tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [B, N, H, D], found shape {tuple(x.shape)}")
@@ -64,6 +73,7 @@ def heads_last(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def on_one_grid(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless these are [B, *grid, Hq, D], [B, *grid, Hkv, D] and [B, *grid, Hkv, Dv]."""
+    tensors(q=q, k=k, v=v)
     if not 4 <= q.ndim <= 6:
         raise ValueError(f"q must be [B, one to three grid axes, H, D], found shape {tuple(q.shape)}")
     (*place, heads, width), kv_heads = q.shape, k.shape[-2] if k.ndim > 1 else 0
@@ -85,6 +95,8 @@ def scale_or_default(scale: float | None, width: int) -> float:
     """Return the number that multiplies q.k, D**-0.5 where none is given."""
     if isinstance(scale, Tensor):
         raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
+    if isinstance(scale, bool | str) or not (scale is None or hasattr(scale, "__float__")):
+        raise ValueError(f"scale must be a number, found {scale!r}")
     return width**-0.5 if scale is None else float(scale)
 
 
@@ -105,8 +117,16 @@ def is_traced() -> bool:
 
 
 def shows_values(x: Tensor) -> bool:
-    """Whether Python may look at the numbers of `x`: it is a plain tensor and nothing traces it."""
-    return not is_traced() and type(x) is Tensor
+    """Whether Python may look at the numbers of `x`: it has some and nothing traces it."""
+    return not (is_traced() or x.is_meta or is_fake(x))
+
+
+def widened(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return tensors on a CPU in at least float32: half precision gains nothing there and rounds sums."""
+    return [
+        x if x is None or x.device.type != "cpu" else x.to(torch.promote_types(x.dtype, torch.float32))
+        for x in tensors
+    ]
 
 
 def all_finite(x: Tensor) -> bool:

@@ -112,10 +112,12 @@ def why_not_opaque() -> str | None:
         return None
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is at work"
-    # A custom operator drops the tangents of forward-mode differentiation without a word.
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is at work"
-    return None
+    return why_not_fused()  # a custom operator drops the tangents without a word
+
+
+def why_not_fused() -> str | None:
+    """Say why PyTorch's fused attention cannot run here: it knows no forward-mode differentiation."""
+    return "forward-mode differentiation is at work" if forward_ad._current_level >= 0 else None
 
 
 def backends() -> list[Availability]:

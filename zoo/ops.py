@@ -86,4 +86,7 @@ def explain(op: str, *args: object, **kwargs: object) -> Explanation:
     """
     if op not in _EXPLAIN:
         raise ValueError(f"unknown operation {op!r}; use {', '.join(_EXPLAIN)}{did_you_mean(op, _EXPLAIN)}")
-    return _EXPLAIN[op](*args, **kwargs)
+    try:
+        return _EXPLAIN[op](*args, **kwargs)
+    except TypeError as error:  # arguments that the operation does not have
+        raise TypeError(str(error).replace("_check()", f"{op}()")) from None

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.checks import all_finite, shows_values, widened
+from zoo.kernels.softmax import softmax
+
 
 def agent_attention(
     q: Tensor,
@@ -18,8 +21,7 @@ def agent_attention(
 ) -> Tensor:
     """Return the output [B, N, H, Dv]."""
     shared = agents.shape[2] // k.shape[2]
-    if q.dtype.itemsize < 4 and q.device.type == "cpu":  # what the agents gather is not rounded on the way
-        q, k, v, agents = q.float(), k.float(), v.float(), agents.float()
+    q, k, v, agents = widened(q, k, v, agents)  # what the agents gather is not rounded on the way
     if shared > 1:
         k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
     agents = agents.transpose(1, 2)  # [B, H, A, D]
@@ -36,16 +38,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v, bias = (x.to(dtype) for x in (q, k, v, bias))
     q, k = (q * scale, k) if q.shape[2] < k.shape[2] else (q, k * scale)
-    logits = q @ k.transpose(-2, -1)
-    if not _may_hide(bias):
-        return ((logits + bias).softmax(dim=-1) @ v).to(given)
-    nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)
-    weights = (logits + bias.masked_fill(nothing, 0.0)).softmax(dim=-1)
-    return (weights @ v).masked_fill(nothing, 0.0).to(given)
-
-
-def _may_hide(bias: Tensor) -> bool:
-    """Whether rows may see nothing: looked up where that costs next to nothing, else assumed."""
-    if torch.compiler.is_compiling() or bias.device.type != "cpu":
-        return True
-    return bias.numel() > 0 and bias.detach().amin().item() == float("-inf")
+    logits = q @ k.transpose(-2, -1) + bias
+    # Whether rows may see nothing is looked up where that costs next to nothing, else assumed.
+    may_hide = bias.device.type != "cpu" or not (shows_values(bias) and all_finite(bias))
+    weights = softmax(logits)[0] if may_hide else logits.softmax(dim=-1)
+    return (weights @ v).to(given)

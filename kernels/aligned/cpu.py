@@ -36,7 +36,7 @@ def aligned_attention(
     logits = torch.stack(rows)
     lse = logits.logsumexp(dim=0)
     weights = logits.softmax(dim=0)
-    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=dtype)
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     for (here, there), weight in zip(shifts, weights, strict=True):
         out[here] = out[here] + weight[here][..., None] * v[there]
     return out.flatten(-3, -2), lse.flatten(-2)

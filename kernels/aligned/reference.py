@@ -23,7 +23,8 @@ def aligned_attention(
     logits = scale * torch.einsum("bnhd,bnshd->bnhs", q, k[:, index])
     # A slot beyond the border repeats a key that has no weight; every query sees at least its own place.
     weights, lse = softmax(logits.masked_fill(~visible[:, None], float("-inf")))
-    out = torch.einsum("bnhs,bnshd->bnhd", weights, v[:, index])
+    values = v[:, index].masked_fill(~visible[..., None, None], 0.0)  # infinity times no weight is NaN
+    out = torch.einsum("bnhs,bnshd->bnhd", weights, values)
     return out.unflatten(1, grid), lse.unflatten(1, grid)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.kernels.bilevel.regions import region_of, to_map, to_regions
-from zoo.kernels.checks import all_finite, is_traced
+from zoo.kernels.checks import all_finite, is_traced, widened
 
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
 COPIED_TOKEN = 32  # cost of copying one key and its value, in query-key products
@@ -42,6 +42,7 @@ def bilevel_routing_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [B, Y, X, Hq, Dv] and, where asked for, the natural-log LSE [B, Y, X, Hq]."""
     width, shared = v.shape[-1], q.shape[3] // k.shape[3]
+    q, k, v, route_weights = widened(q, k, v, route_weights)
     wide = max(width, q.shape[-1])  # the fused call wants keys and values of one width
     q, k, v = (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x for x in (q, k, v))
     if shared > 1:
@@ -99,8 +100,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, 
     """Every query against every key, those of regions not chosen behind a mask."""
     parts, grid = routes.shape[1], q.shape[1:3]
     # How often a region was chosen, as a bias: log 0 hides it, and one chosen twice counts twice.
-    chosen = torch.zeros(routes.shape[0], parts, parts, dtype=torch.promote_types(q.dtype, torch.float32))
-    bias = chosen.scatter_add(2, routes, torch.ones((), dtype=chosen.dtype).expand(routes.shape)).log()
+    chosen = q.new_zeros(routes.shape[0], parts, parts)
+    bias = chosen.scatter_add(2, routes, chosen.new_ones(()).expand(routes.shape)).log()
     bias = bias.index_select(1, region_of(regions, grid, q.device))
     bias = bias.index_select(2, region_of(regions, k.shape[1:3], q.device))
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
@@ -123,7 +124,7 @@ def _gathered(
         return _Regions.apply(q, k, v, routes, regions, scale)
     (batch, parts, _), grid = routes.shape, q.shape[1:3]
     q, k, v = (to_regions(x, regions).flatten(0, 1) for x in (q, k, v))  # [B * p, tokens, H, D]
-    rows = (routes + parts * torch.arange(batch)[:, None, None]).flatten(0, 1)
+    rows = (routes + parts * torch.arange(batch, device=q.device)[:, None, None]).flatten(0, 1)
     weights = None if route_weights is None else route_weights.to(q.dtype).flatten(0, 1)
     out, lse = _all_at_once(q, k, v, rows, weights, scale, return_lse)
     out = to_map(out.unflatten(0, (batch, parts)), regions, grid)
@@ -190,7 +191,7 @@ class _Regions(torch.autograd.Function):
             out = torch.cat([out, -grad_lse[..., None]], dim=-1)
         grad_q = q.new_empty(q.shape)
         # Sums over all regions that chose a region.
-        grad_k, grad_v = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
+        grad_k, grad_v = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (k, v))
         sides = [_bands(x, regions) for x in (grad_out, q, out, lse[..., None], grad_q)]
         for part, strips, *keys in _parts(k, v, routes, regions):
             *queries, whole = (x[part] for x in sides)
@@ -230,9 +231,9 @@ def _parts(
     These are [regions, topk * height, width, H, D] and lie where those of the part before lay.
     """
     (rows, columns), height = regions, k.shape[1] // regions[0]
-    images = torch.arange(len(routes))[:, None, None]
+    images = torch.arange(len(routes), device=k.device)[:, None, None]
     first = ((images * rows + routes // columns) * height) * columns + routes % columns
-    strips = first[..., None] + columns * torch.arange(height)  # [B, p, topk, height]
+    strips = first[..., None] + columns * torch.arange(height, device=k.device)  # [B, p, topk, height]
     strips = strips.unflatten(1, regions).flatten(0, 1).flatten(2)  # [B * rows, columns, topk * height]
     down, right = _at_once(k, routes, regions, k.shape[3:].numel())
     wholes = [_strips(x, regions) for x in (k, v)]

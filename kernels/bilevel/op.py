@@ -241,7 +241,7 @@ def _arguments(call: Call) -> tuple:
 
 
 def _cpu_why_not(call: Call) -> str | None:
-    return None if call.q.device.type == "cpu" else f"the tensors are on {call.q.device}"
+    return dispatch.why_not_fused() if call.q.device.type == "cpu" else f"the tensors are on {call.q.device}"
 
 
 def _triton_why_not(call: Call) -> str | None:

@@ -9,6 +9,8 @@ from operator import index
 import torch
 from torch import Tensor
 
+from zoo.kernels.checks import shows_values, tensors
+
 BlockSize = int | tuple[int, int]
 
 
@@ -43,6 +45,7 @@ class BlockList:
             or H where it is shared. block_size: tokens, one number or (queries, keys).
         Raises: ValueError for a mask that is not boolean or has another rank.
         """
+        tensors(mask=mask)
         if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
             raise ValueError(
                 "mask must be boolean [query blocks, key blocks], with a head or batch and head axes before, "
@@ -52,7 +55,7 @@ class BlockList:
         offsets = _offsets(mask.sum(dim=-1))
         # A stable sort brings the pairs to the front in row order and need not know how many there are.
         order = mask.flatten(2).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        if not torch.compiler.is_compiling() and mask.device.type != "meta":
+        if shows_values(mask):
             order = order[..., : int(offsets.max()) if offsets.numel() else 0]
         return cls._from_rows(offsets, order % max(mask.shape[-1], 1), mask.shape[-1], block_size)
 
@@ -78,8 +81,11 @@ class BlockList:
         if isinstance(key_blocks, bool) or not hasattr(key_blocks, "__index__"):
             raise ValueError(f"key_blocks must be a whole number, found {key_blocks!r}")
         key_blocks = index(key_blocks)
+        if key_blocks < 0:
+            raise ValueError(f"key_blocks must be a whole number from 0, found {key_blocks}")
+        tensors(indices=indices, **({} if offsets is None else {"offsets": offsets}))
         for name, x in (("indices", indices), ("offsets", offsets)):
-            if x is not None and (x.is_floating_point() or x.dtype == torch.bool):
+            if x is not None and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
                 raise ValueError(f"{name} must be whole numbers, found {x.dtype}")
         if offsets is None:
             if not 2 <= indices.ndim <= 4:
@@ -92,7 +98,8 @@ class BlockList:
             front = (~listed).flatten(2).to(torch.uint8).argsort(dim=-1, stable=True)
             indices = indices.flatten(2).gather(-1, front)
         else:
-            if not 1 <= indices.ndim <= 3 or offsets.shape[:-1] != indices.shape[:-1]:
+            agree = offsets.shape[:-1] == indices.shape[:-1] and 0 not in offsets.shape[-1:]
+            if not 1 <= indices.ndim <= 3 or offsets.ndim == 0 or not agree:
                 raise ValueError(
                     "offsets [.., query blocks + 1] and indices [.., entries] must agree in the axes before, "
                     f"found {tuple(offsets.shape)} and {tuple(indices.shape)}"
@@ -132,19 +139,19 @@ class BlockList:
                     f"found {x.tolist()}"
                 )
         query_size, key_size = _sizes(block_size)
-        groups = torch.arange(len(queries))
+        groups = torch.arange(len(queries), device="cpu")
         query_segments = groups.repeat_interleave(queries)
         key_segments = groups.repeat_interleave(keys)
         # Groups follow each other, so a query block sees the key blocks from its first group to its last.
-        starts = torch.arange(0, len(query_segments), query_size)
+        starts = torch.arange(0, len(query_segments), query_size, device="cpu")
         stops = (starts + query_size).clamp(max=len(query_segments)) - 1
         ends = keys.cumsum(0)
         first_token, end_token = (ends - keys)[query_segments[starts]], ends[query_segments[stops]]
         first = first_token // key_size
         count = torch.where(end_token > first_token, -(-end_token // key_size) - first, 0)
         offsets = _offsets(count)
-        row = torch.arange(len(count)).repeat_interleave(count)
-        indices = torch.arange(len(row)) - offsets[row] + first[row]
+        row = torch.arange(len(count), device="cpu").repeat_interleave(count)
+        indices = torch.arange(len(row), device="cpu") - offsets[row] + first[row]
         rows = cls._from_rows(
             offsets[None, None],
             indices[None, None],

@@ -42,7 +42,9 @@ def _pieces(q: Tensor, k: Tensor, lists: Lists) -> Iterator[Piece]:
     batch, queries, heads, _ = q.shape
     keys, shared = k.shape[1], q.shape[2] // k.shape[2]
     per_batch, per_head = lists.offsets.shape[:2]
-    within_query, within_key = torch.arange(lists.query_size), torch.arange(lists.key_size)
+    within_query, within_key = (
+        torch.arange(size, device=q.device) for size in (lists.query_size, lists.key_size)
+    )
     for b in range(per_batch if batch else 0):
         for h in range(per_head):
             images = slice(None) if per_batch == 1 else slice(b, b + 1)
@@ -55,7 +57,8 @@ def _pieces(q: Tensor, k: Tensor, lists: Lists) -> Iterator[Piece]:
                     continue
                 tokens = count * lists.key_size * (batch if per_batch == 1 else 1)
                 for rows in (counts == count).nonzero()[:, 0].split(max(1, GATHERED_TOKENS // tokens)):
-                    column = indices[offsets[rows, None] + torch.arange(count)]  # [P, count]
+                    listed = torch.arange(count, device=q.device)
+                    column = indices[offsets[rows, None] + listed]  # [P, count]
                     key = (column[..., None] * lists.key_size + within_key).flatten(1)  # [P, s]
                     query = rows[:, None] * lists.query_size + within_query  # [P, t]
                     real, there = query < queries, key < keys
@@ -144,9 +147,9 @@ def backward(
     delta = (out.to(dtype) * grad_out.to(dtype)).sum(dim=-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (q, k, v))
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
     wide = _expand(bias, q)
-    dbias = torch.zeros(bias.shape, dtype=dtype) if bias_grad else None
+    dbias = bias.new_zeros(bias.shape, dtype=dtype) if bias_grad else None
     filled = lse.masked_fill(lse == float("-inf"), 0.0)
     for piece in _pieces(q, k, lists):
         parts, kv = len(piece.seen), k[:, :, piece.kv_heads].shape[2]

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.checks import all_finite, shows_values, widened
 from zoo.kernels.deformable.reference import query_points
+from zoo.kernels.softmax import softmax
 
 PAIRS_AT_ONCE = 1 << 24  # queries times keys, heads and images: a large map is done in parts
 
@@ -39,16 +41,18 @@ def deformable_attention(
     if table is not None:
         table, positions = table.to(dtype), positions.to(dtype)
         points = query_points(grid, query_grid, positions)
-    q, k, v = (x.transpose(1, 2) for x in (q.flatten(1, 2), k, v))  # [B, H, N, D]
+    q, k, v = (x.transpose(1, 2) for x in widened(q.flatten(1, 2), k, v))  # [B, H, N, D]
     k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
     bias = None if bias is None else bias.to(dtype).expand(*q.shape[:3], k.shape[2])
+
+    may_hide = bias is not None or not (table is None or (shows_values(table) and all_finite(table)))
 
     def attend(some: slice) -> tuple[Tensor, Tensor | None]:
         added = None if bias is None else bias[:, :, some]
         if table is not None:
             relative = _relative_bias(table, points[some], positions)
             added = relative if added is None else relative + added
-        return _attend(q[:, :, some], k, v, added, scale, return_lse, may_hide=bias is not None)
+        return _attend(q[:, :, some], k, v, added, scale, return_lse, may_hide)
 
     step = queries = q.shape[2]
     if not torch.compiler.is_compiling():  # a graph of a free batch cannot depend on its size
@@ -72,11 +76,8 @@ def _attend(
     logits = logits if bias is None else logits + bias
     if not may_hide:
         return logits.softmax(dim=-1) @ v.to(dtype), logits.logsumexp(dim=-1) if return_lse else None
-    nothing = (logits == float("-inf")).all(dim=-1, keepdim=True)
-    logits = logits.masked_fill(nothing, 0.0)
-    out = (logits.softmax(dim=-1) @ v.to(dtype)).masked_fill(nothing, 0.0)
-    lse = logits.logsumexp(dim=-1, keepdim=True).masked_fill(nothing, float("-inf")).squeeze(-1)
-    return out, lse if return_lse else None
+    weights, lse = softmax(logits)
+    return weights @ v.to(dtype), lse if return_lse else None
 
 
 def _relative_bias(table: Tensor, queries: Tensor, positions: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ def _arguments(call: AttentionCall) -> tuple:
 
 def _cpu_why_not(call: SampleCall | AttentionCall) -> str | None:
     device = (call.x if isinstance(call, SampleCall) else call.q).device
-    return None if device.type == "cpu" else f"the tensors are on {device}"
+    return dispatch.why_not_fused() if device.type == "cpu" else f"the tensors are on {device}"
 
 
 def _triton_sample_why_not(call: SampleCall) -> str | None:

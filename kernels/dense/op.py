@@ -121,7 +121,9 @@ dispatch.OPERATIONS[OP] = (
     dispatch.Backend(
         "sdpa",
         run=lambda call: (sdpa.attention(call.q, call.k, call.v, call.key_mask, call.scale), None),
-        why_not=lambda call: "PyTorch's attention returns no LSE" if call.return_lse else None,
+        why_not=lambda call: (
+            "PyTorch's attention returns no LSE" if call.return_lse else dispatch.why_not_fused()
+        ),
     ),
     dispatch.Backend(
         "triton",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.checks import widened
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     """Return the output [B, N, Hq, Dv]; values behind the mask are zero."""
-    if (
-        q.dtype.itemsize < 4 and q.device.type == "cpu"
-    ):  # its kernel rounds weights, which is one rounding more
-        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = widened(q, k, v)
     mask = None
     if key_mask is not None:
         mask = key_mask[:, None, None]  # [B, 1, 1, M]

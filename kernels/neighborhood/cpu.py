@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.checks import all_finite
+from zoo.kernels.checks import all_finite, shows_values, widened
 from zoo.kernels.neighborhood.geometry import Axis, as_tensors, keys_of, outer
 
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
@@ -154,24 +154,31 @@ def neighborhood_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [B, *grid, Hq, Dv] and, where asked for, the natural-log LSE [B, *grid, Hq]."""
+    q, k, v, extra_k, extra_v = widened(q, k, v, extra_k, extra_v)
     out, lse = _attention(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
     if all_finite(out):
         return out, lse
     # A mask multiplies the halo's unseen keys by zero, which NaN and infinity survive. So they are taken out,
     # and the queries that do see them are told.
-    finite_k, finite_v = (x.isfinite().all(dim=-1) for x in (k, v))
+    bad_k, bad_v = ~k.isfinite().all(dim=-1), ~v.isfinite()
     k, v = (x.nan_to_num(0.0, 0.0, 0.0) for x in (k, v))
     out, lse = _attention(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)
     shared = q.shape[-2] // k.shape[-2]
-    out = out + _nan_where_seen(~(finite_k & finite_v), axes, shared)[..., None]
-    return out, lse + _nan_where_seen(~finite_k, axes, shared) if return_lse else None
+    nan_k, nan_v = (_nan_where_seen(bad, axes, shared) for bad in (bad_k, bad_v))
+    return out + nan_k[..., None] + nan_v, lse + nan_k if return_lse else None
 
 
 def _nan_where_seen(bad: Tensor, axes: tuple[Axis, ...], shared: int) -> Tensor:
-    """[B, *grid, Hkv] to [B, *grid, Hq]: NaN for the queries that see a bad key, else 0."""
+    """[B, *grid, Hkv, ..] to [B, *grid, Hq, ..]: NaN for the queries that see a bad key, else 0."""
     index, visible = keys_of(axes)
-    seen = (bad.flatten(1, -2)[:, index] & visible[..., None]).any(dim=2).repeat_interleave(shared, -1)
-    return torch.zeros(seen.shape).masked_fill(seen, float("nan")).unflatten(1, bad.shape[1:-1])
+    bad = bad.flatten(1, len(axes))  # [B, N, Hkv, ..]
+    seen = torch.zeros_like(bad)
+    for slot in range(index.shape[1]):  # one after the other: channels make it large
+        there = visible[:, slot].view(-1, *(1,) * (bad.ndim - 2))
+        seen |= bad[:, index[:, slot]] & there
+    seen = seen.repeat_interleave(shared, 2)
+    nan = torch.zeros(seen.shape, device=seen.device).masked_fill(seen, float("nan"))
+    return nan.unflatten(1, [axis.length for axis in axes])
 
 
 def _attention(
@@ -196,19 +203,23 @@ def _attention(
         k, v = torch.cat([k, extra_k], dim=1), torch.cat([v, extra_v], dim=1)
         bias = F.pad(bias, (0, more))
         if tiles > 1 or keys.numel():
-            own = keys if keys.numel() else torch.arange(tokens)
-            appended = torch.arange(tokens, tokens + more).expand(tiles, -1)
+            own = keys if keys.numel() else torch.arange(tokens, device=k.device)
+            appended = torch.arange(tokens, tokens + more, device=k.device).expand(tiles, -1)
             keys = torch.cat([own.view(tiles, -1), appended], dim=1).flatten()
     if shared > 1:
         k, v = (x.repeat_interleave(shared, 2) for x in (k, v))
+    nothing = None
+    if rpb is not None and not (shows_values(rpb) and all_finite(rpb)):  # it may hide every key of a query
+        nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)  # [M, H, t, 1]
+        bias = bias.masked_fill(nothing, 0.0)
 
     if tiles == 1 or torch.compiler.is_compiling():
-        out, lse = _attend(q, k, v, plan, keys, bias, scale, return_lse)
+        out, lse = _attend(q, k, v, plan, keys, bias, nothing, scale, return_lse)
     else:
         # A few images at a time: the halos stay in the cache, and the mask is not repeated for a whole batch.
         some = max(1, TOKENS_AT_ONCE // prod(grid))
         images = zip(q.split(some), k.split(some), v.split(some), strict=True)
-        parts = [_attend(*image, plan, keys, bias, scale, return_lse) for image in images]
+        parts = [_attend(*image, plan, keys, bias, nothing, scale, return_lse) for image in images]
         out = _cat([part[0] for part in parts])
         lse = _cat([part[1] for part in parts]) if return_lse else None
     return out.unflatten(1, grid), lse.unflatten(1, grid) if return_lse else None
@@ -217,7 +228,7 @@ def _attention(
 def _bias(plan: Plan, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What is added to the logits, mask and relative positional bias: [M, H or 1, t, h]."""
     if rpb is None:
-        bias = torch.zeros(1, dtype=dtype)
+        bias = torch.zeros(1, dtype=dtype, device=plan.seen.device)
     else:
         bias = rpb.flatten(1).to(dtype).index_select(1, plan.relative.flatten())
         bias = bias.unflatten(1, plan.seen.size())
@@ -227,28 +238,41 @@ def _bias(plan: Plan, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Tensor, bias: Tensor, scale: float, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    keys: Tensor,
+    bias: Tensor,
+    nothing: Tensor | None,
+    scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of all tiles of some images: [B, N, H, D] in, [B, N, H, D] and [B, N, H] out."""
+    """Attention of all tiles of some images: [B, N, H, D] in, [B, N, H, D] and [B, N, H] out.
+
+    `nothing` [M, H, t, 1] are the queries that see nothing, to which `bias` [M, H, t, h] shows something.
+    """
     batch, tiles = q.shape[0], plan.tiles
     q, k, v = _cut(q, plan.queries, tiles), _cut(k, keys, tiles), _cut(v, keys, tiles)  # [B * M, H, t, D]
     bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    nothing = None if nothing is None else nothing.expand(batch, -1, -1, -1, -1).flatten(0, 1)
     # What is mapped does not tell whether it wants a gradient, and SDPA has none for a bias.
     mapped = torch._C._are_functorch_transforms_active()
     if not (return_lse or bias.requires_grad or mapped or v.shape[-1] != k.shape[-1]):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        return _join(out, plan.place, batch, tiles), None
-    # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
-    dtype = bias.dtype
-    shape = (*q.shape[:3], k.shape[2])
-    flat_q, flat_k = q.to(dtype).flatten(0, 1), k.to(dtype).flatten(0, 1)
-    logits = torch.baddbmm(bias.expand(shape).flatten(0, 1), flat_q, flat_k.transpose(1, 2), alpha=scale)
-    logits = logits.view(shape)
-    out = (logits.softmax(dim=-1) @ v.to(dtype)).to(q.dtype)
-    lse = logits.logsumexp(dim=-1, keepdim=True) if return_lse else None
-    return _join(out, plan.place, batch, tiles), _join(lse, plan.place, batch, tiles).squeeze(
-        -1
-    ) if return_lse else None
+        out, lse = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+    else:
+        # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
+        shape = (*q.shape[:3], k.shape[2])
+        flat_q, flat_k = q.flatten(0, 1), k.flatten(0, 1)
+        flat_bias = bias.expand(shape).flatten(0, 1)
+        logits = torch.baddbmm(flat_bias, flat_q, flat_k.transpose(1, 2), alpha=scale).view(shape)
+        out = logits.softmax(dim=-1) @ v
+        lse = logits.logsumexp(dim=-1, keepdim=True) if return_lse else None
+    if nothing is not None:
+        out = out.masked_fill(nothing, 0.0)
+        lse = None if lse is None else lse.masked_fill(nothing, float("-inf"))
+    out, lse = (None if x is None else _join(x, plan.place, batch, tiles) for x in (out, lse))
+    return out, None if lse is None else lse.squeeze(-1)
 
 
 def _cut(x: Tensor, index: Tensor, tiles: int) -> Tensor:

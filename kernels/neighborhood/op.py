@@ -94,6 +94,8 @@ def neighborhood_indices(
     Shapes: int64 [N, slots], N = prod(size), slots = prod(kernel_size); -1 where a causal window is shorter.
     Raises: ValueError for a window that does not fit the grid.
     """
+    if not isinstance(size, Sequence):
+        raise ValueError(f"size must have one length for each grid axis, found {size!r}")
     index, visible = keys_of(_axes(tuple(size), kernel_size, dilation, stride, is_causal))
     return index.masked_fill(~visible, -1)
 
@@ -180,6 +182,7 @@ def _axes(
 
 def _per_axis(name: str, value: PerAxis[T], rank: int) -> tuple[T, ...]:
     """One value for every axis."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank:
         raise ValueError(
@@ -200,7 +203,7 @@ def _arguments(call: Call) -> tuple:
 
 
 def _cpu_why_not(call: Call) -> str | None:
-    return None if call.q.device.type == "cpu" else f"the tensors are on {call.q.device}"
+    return dispatch.why_not_fused() if call.q.device.type == "cpu" else f"the tensors are on {call.q.device}"
 
 
 def _run_triton(call: Call) -> tuple[Tensor, Tensor]:

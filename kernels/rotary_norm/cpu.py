@@ -17,6 +17,8 @@ def rotary_norm(
         x = F.rms_norm(x, x.shape[-1:], weight.to(dtype), eps)
     if cos is not None:
         turns = torch.complex(cos.to(dtype), sin.to(dtype))[:, None]
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        x = x.unflatten(-1, (-1, 2)).contiguous()
+        x = x.clone() if x.storage_offset() % 2 else x  # complex numbers begin at every second place
+        pairs = torch.view_as_complex(x)
         x = torch.view_as_real(pairs * turns).flatten(-2)
     return x

@@ -199,7 +199,7 @@ dispatch.OPERATIONS[OP] = (
     dispatch.Backend(
         "sdpa",
         run=lambda call: sdpa.window_attention(*_arguments(call), return_lse=call.return_lse),
-        why_not=lambda call: None,
+        why_not=lambda call: dispatch.why_not_fused(),
     ),
     dispatch.Backend("flex", run=_run_flex, why_not=_flex_why_not, only_by_name=True),
     dispatch.Backend(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.checks import widened
 from zoo.kernels.window.windows import in_windows
 
 
@@ -22,6 +23,7 @@ def window_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [B, Y, X, H, Dv] and, where asked for, the natural-log LSE [B, Y, X, H]."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = widened(q, k, v)
     # SDPA returns no LSE and wants one width; with a bias it is slower on a CPU than two products.
     fused = not return_lse and v.shape[-1] == k.shape[-1] and (bias is None or q.device.type != "cpu")
 

@@ -293,6 +293,19 @@ def test_sums_over_many_parts_are_not_rounded_on_the_way(monkeypatch):
         assert (found - wanted).norm() < 5e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_lse_is_not_rounded_to_half_precision(dtype, weighted):
+    q, k, v = (torch.randn(1, 16, 16, 2, 16).to(dtype) for _ in range(3))
+    routes = torch.rand(1, 4, 4).argsort(-1)[..., :2]
+    weights = torch.rand(1, 4, 2) if weighted else None
+    _, lse = ops.bilevel_routing_attention(q, k, v, routes, 2, route_weights=weights, return_lse=True)
+    q, k, v = (x.double() for x in (q, k, v))
+    weights = None if weights is None else weights.double()
+    _, exact = ops.bilevel_routing_attention(q, k, v, routes, 2, route_weights=weights, return_lse=True)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-5)
+
+
 def test_a_scaled_gradient_of_the_lse_fits_into_half_precision():
     q, k, v, routes, regions = inputs(dtype=torch.float16)
     q, k = ((x / 16).requires_grad_() for x in (q, k))

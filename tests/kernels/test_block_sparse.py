@@ -67,6 +67,40 @@ def test_a_mask_becomes_lists_and_back(lists):
             assert rows == full[b, h, :, j].nonzero()[:, 0].tolist()
 
 
+def test_segments_are_listed_whatever_the_default_device():
+    expected = BlockList.from_segments([20, 0, 33], [9, 3, 41], block_size=16)
+    with torch.device("meta"):
+        found = BlockList.from_segments([20, 0, 33], [9, 3, 41], block_size=16, device="cpu")
+    assert torch.equal(found.to_mask(), expected.to_mask())
+    assert torch.equal(found.query_segments, expected.query_segments)
+
+
+def test_masks_without_numbers_have_lists_of_the_right_length():
+    with FakeTensorMode():
+        assert BlockList.from_mask(torch.ones(3, 4, dtype=torch.bool)).indices.shape == (1, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BlockList.from_mask([[True]]), "mask must be a tensor, found list"),
+        (lambda: BlockList.from_indices([[0]], key_blocks=1), "indices must be a tensor, found list"),
+        (
+            lambda: BlockList.from_indices(torch.zeros(1, 1).long() - 1, key_blocks=-1),
+            "key_blocks .* from 0, found -1",
+        ),
+        (
+            lambda: BlockList.from_indices(torch.zeros(1).long(), torch.zeros(0).long(), key_blocks=1),
+            "offsets .* must agree in the axes before",
+        ),
+        (lambda: BlockList.from_indices(torch.zeros(1, 1).cfloat(), key_blocks=1), "must be whole numbers"),
+    ],
+)
+def test_what_is_no_list_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_indices_in_either_form_give_the_lists_of_the_mask():
     top = torch.tensor([[2, 0, -1], [-1, -1, -1], [1, -1, 3]])
     from_top = BlockList.from_indices(top, key_blocks=4, block_size=16)

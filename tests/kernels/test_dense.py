@@ -171,6 +171,20 @@ def test_it_compiles_to_one_graph_with_gradients(return_lse):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_compiles_with_symbols_for_heads(masked):
+    mask = torch.rand(2, 5) < 0.7 if masked else None
+    for dynamic in (True, None):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda q, k: ops.attention(q, k, k, key_mask=mask),
+            fullgraph=True, dynamic=dynamic, backend="eager",
+        )  # fmt: skip
+        for heads in (4, 8, 12):
+            q, k = torch.randn(2, 5, heads, 8), torch.randn(2, 5, heads // 2, 8)
+            torch.testing.assert_close(compiled(q, k), ops.attention(q, k, k, key_mask=mask))
+
+
 @pytest.mark.parametrize("return_lse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_exports_with_any_batch_and_length(return_lse):
     class Module(torch.nn.Module):

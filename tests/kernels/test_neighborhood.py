@@ -466,6 +466,43 @@ def test_indices_name_the_keys_of_every_query():
         assert {key for key in keys if key >= 0} == expected
 
 
+def test_a_bias_that_hides_every_key_of_a_query_leaves_zero_and_finite_gradients():
+    tensors = [x.requires_grad_() for x in inputs((12, 13), heads=2)]
+    rpb = torch.randn(2, 5, 5, dtype=torch.float64)
+    rpb[:, 3:], rpb[:, 2, 2:] = float("-inf"), float("-inf")  # only keys before the query are left
+    tensors.append(rpb.requires_grad_())
+    results = []
+    for backend in ("cpu", "reference"):
+        for more in ({}, {"return_lse": True}):
+            out = ops.neighborhood_attention(*tensors[:3], 3, rpb=rpb, backend=backend, **more)
+            out, lse = out if more else (out, torch.zeros(1))
+            assert not out[:, 0, 0].any()
+            seen = lse[lse.isfinite()].sum()
+            results.append([out, *torch.autograd.grad(out.square().sum() + seen, tensors)])
+            assert all(x.isfinite().all() for x in results[-1])
+    torch.testing.assert_close(results[:2], results[2:])
+
+
+def test_infinity_in_a_channel_of_a_value_stays_in_its_channel():
+    q, k, v = inputs((12, 13), heads=2)
+    v[0, 5, 5, 1, 3] = float("inf")
+    out = ops.neighborhood_attention(q, k, v, 3)
+    expected = ops.neighborhood_attention(q, k, v, 3, backend="reference")
+    assert torch.equal(out.isfinite(), expected.isfinite()) and not out[..., 3].isfinite().all()
+
+
+def test_what_a_subclass_of_tensor_does_not_see_does_not_reach_it():
+    class Own(torch.Tensor):
+        pass
+
+    q, k, v = inputs((12, 13), heads=2)
+    k[0, 5, 5] = float("nan")
+    own = ops.neighborhood_attention(*(x.as_subclass(Own) for x in (q, k, v)), 3)
+    torch.testing.assert_close(
+        own.as_subclass(torch.Tensor), ops.neighborhood_attention(q, k, v, 3), equal_nan=True
+    )
+
+
 # natten's signatures and natten itself ---------------------------------------------------------------------
 
 
@@ -538,6 +575,10 @@ WRONG = {
         "rpb": torch.ones(4, 5, 5).long()
     },
     "scale must be a number, found a tensor": {"scale": torch.ones(())},
+    "scale must be a number, found '0.5'": {"scale": "0.5"},
+    "scale must be a number, found True": {"scale": True},
+    "k must be a tensor, found ndarray": {"k": np.zeros((2, 10, 8, 4, 8))},
+    "q must be a tensor, found NoneType": {"q": None},
     "q must have at least one channel": {n: torch.randn(2, 10, 8, 4, 0) for n in "qkv"},
     "must be float64, float32, float16 or bfloat16": {"q": torch.ones(2, 10, 8, 4, 8, dtype=torch.int64)},
     "q must be": {"q": torch.randn(10, 4, 8)},
@@ -557,6 +598,9 @@ def test_whole_numbers_of_any_kind_are_taken():
     q, k, v = inputs((8, 9))
     torch.testing.assert_close(
         ops.neighborhood_attention(q, k, v, [np.int64(3), 5]), ops.neighborhood_attention(q, k, v, (3, 5))
+    )
+    torch.testing.assert_close(
+        ops.neighborhood_attention(q, k, v, np.array([3, 5])), ops.neighborhood_attention(q, k, v, (3, 5))
     )
 
 

@@ -45,6 +45,14 @@ def test_it_is_a_norm_and_a_turn_of_points(tokens, pairs, heads, batch, normed, 
         torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tensors_may_begin_at_any_place_of_their_memory(backend):
+    x = torch.randn(1 + 2 * 4 * 2 * 8)[1:].view(2, 4, 2, 8)
+    cos, sin = torch.randn(2, 4, 4)
+    out = ops.rotary_norm(x, None, cos, sin, backend=backend)
+    torch.testing.assert_close(out, ops.rotary_norm(x.clone(), None, cos, sin, backend=backend))
+
+
 def test_products_of_queries_and_keys_see_distances_alone():
     q, k = (torch.randn(8, dtype=torch.float64).expand(1, 20, 1, -1) for _ in range(2))
     angles = torch.arange(20.0, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])

@@ -184,6 +184,32 @@ def test_every_operation_with_backends_is_in_the_table():
     assert set(CASES) == set(OPERATIONS)
 
 
+@every_backend
+def test_a_default_device_changes_nothing(op, backend):
+    case = CASES[op]
+    tensors, others = leaves(case.inputs()), {**case.options, **case.others(2)}
+    expected = getattr(ops, op)(**tensors, **others, backend=backend)
+    with torch.device("meta"):
+        out = getattr(ops, op)(**tensors, **others, backend=backend)
+        found = gradients(out, tensors)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, gradients(expected, tensors), rtol=0, atol=0)
+
+
+@every_operation
+def test_forward_mode_differentiation_finds_a_backend(op):
+    case = CASES[op]
+    tensors, others = case.inputs(dtype=torch.float64), {**case.options, **case.others(2)}
+    changes = {name: torch.randn_like(x) for name, x in tensors.items()}
+    function = lambda tensors: getattr(ops, op)(**tensors, **others)  # noqa: E731
+    _, forward = torch.func.jvp(function, (tensors,), (changes,))
+    graph = {name: x.requires_grad_() for name, x in tensors.items()}
+    out = function(graph)
+    back = torch.autograd.grad((out * forward).sum(), list(graph.values()), materialize_grads=True)
+    along = sum((grad * change).sum() for grad, change in zip(back, changes.values(), strict=True))
+    torch.testing.assert_close(along, forward.square().sum())
+
+
 # R39: as exact as the same precision allows -----------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from zoo.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -23,6 +25,13 @@ class TokenLayout:
     spatial: int = 0
     subjects: tuple[int, ...] = ()
     text_last: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.grid or any(length < 1 for length in self.grid):
+            raise ConfigError(f"grid must have a length of at least 1 for each axis, found {self.grid}")
+        for name, count in (("text", self.text), ("spatial", self.spatial)):
+            if count < 0:
+                raise ConfigError(f"{name} must be a whole number from 0, found {count}")
 
     @property
     def image(self) -> int:
