@@ -93,6 +93,8 @@ class ImageFolder:
         self.classes = sorted(entry.name for entry in _entries(self.root) if entry.is_dir())
         if not self.classes:
             raise DataError(f"{self.root} holds no class folders; wanted {self.root}/<class>/<image>")
+        for name in self.classes:
+            _refuse_no_text(name, self.root)
         self.files: list[str] = []
         self.labels: list[int] = []
         others: Counter[str] = Counter()
@@ -145,6 +147,14 @@ class ImageFolder:
     def short(self, index: int) -> str:
         """Return the path of one image below the root, which may have come from a secret."""
         return Path(self.files[index]).relative_to(self.root.parent).as_posix()
+
+
+def _refuse_no_text(name: str, root: Path) -> None:
+    # The names of the classes are written into every file of a run; those of the images into lists only.
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the class folder {name!r} in {root} has a name that is not UTF-8; rename it") from None
 
 
 def split_of(root: str | Path, split: str, images_in: Callable[[Path], Split] = ImageFolder) -> Split:

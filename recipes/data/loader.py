@@ -267,7 +267,7 @@ class BadImages:
         self.found.add(name)
         reason = bad.reason.replace(images.describe(bad.index), name)
         if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as file:
+            with self.file.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(reason + "\n")
         print(f"skipped: {reason}", file=sys.stderr, flush=True)
         allowed = max(5, self.share * len(images))

@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that a terminal has no letters for is shown all the same
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = build()(args=arguments, prog_name="zoo", standalone_mode=False)
         sys.stdout.flush()  # here: when the interpreter ends, a closed pipe cannot be told any more

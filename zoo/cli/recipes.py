@@ -204,18 +204,32 @@ def _explain(trained: Trained, result: Prediction, file: Path) -> None:
 
 
 def _print_or_write(text: str, facts: dict[str, Any], path: Path | None) -> None:
-    import json
-
-    from zoo.weights.files import write_text
-
-    content = json.dumps(facts, indent=2, ensure_ascii=False)
     if path is not None and str(path) == "-":
-        print(content)
+        write_json(facts, path)
         return
     if text:
         print(text)
     if path is not None:
-        write_text(path, content + "\n")
+        write_json(facts, path)
+
+
+def write_json(facts: Any, path: Path) -> None:
+    """Write facts to a file, or to standard output where it is `-`, as that output can hold them."""
+    import json
+    import sys
+
+    from zoo.weights.files import write_text
+
+    printed = str(path) == "-"
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    try:
+        text.encode(printed and sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal of other letters, or a file name that is no text
+        text = json.dumps(facts, indent=2)
+    if printed:
+        print(text)
+    else:
+        write_text(path, text + "\n")
 
 
 # ---- zoo recipes

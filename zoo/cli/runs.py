@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zoo.cli.recipes import Json, Source
+from zoo.cli.recipes import Json, Source, write_json
 
 if TYPE_CHECKING:
     from zoo.recipes.runs import Run
@@ -99,18 +99,10 @@ def _score(run: Run) -> str:
 
 def _is_json(path: Path | None, facts: list[dict[str, Any]]) -> bool:
     """Write facts where they are asked for; tell whether that was standard output."""
-    import json
-
-    from zoo.weights.files import write_text
-
     if path is None:
         return False
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    if str(path) == "-":
-        print(text)
-        return True
-    write_text(path, text + "\n")
-    return False
+    write_json(facts, path)
+    return str(path) == "-"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:

@@ -301,6 +301,12 @@ def test_a_folder_of_another_layout_is_refused(tmp_path, files, words):
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_class_whose_name_is_no_text_is_shown_and_refused(tmp_path):
+    root = tree(tmp_path, os.fsdecode(b"l\xfctin/1.png"), "b/1.png")
+    with pytest.raises(DataError, match=r"class folder 'l\\udcfctin' in .* not UTF-8; rename it"):
+        ImageFolder(root)
+
+
 def test_a_single_class_is_fine_when_its_images_are_in_it(tmp_path):
     assert ImageFolder(tree(tmp_path, "only/1.png")).classes == ["only"]
 

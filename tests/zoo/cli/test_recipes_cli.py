@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +191,45 @@ def test_a_bad_image_gets_its_line_and_the_others_go_on(zoo, home, tmp_path):
     assert status == 3
     assert len(out) == 3
     assert len(err) == 2 and "bad.png" in err[0] and "missing.png" in err[1]
+
+
+def test_a_file_name_that_is_no_text_is_printed_and_written_all_the_same(zoo, home, tmp_path):
+    odd = tmp_path / os.fsdecode(b"z\xfcd.png")
+    odd.write_bytes((home / "data" / "val" / "dark" / "0.png").read_bytes())
+    status, out, err = zoo("predict", "runs/tiny", str(odd), "--json", str(tmp_path / "p.json"))
+    assert (status, err) == (0, []) and "z\\udcfcd.png" in out[0]
+    facts = json.loads((tmp_path / "p.json").read_text())
+    assert facts["predictions"][0]["file"] == str(odd)
+
+
+def test_a_damaged_file_whose_name_is_no_text_is_skipped(zoo, home, tmp_path):
+    shutil.copytree(home / "data", tmp_path / "data")
+    (tmp_path / "data" / "train" / "dark" / os.fsdecode(b"z\xfcd.png")).write_bytes(b"x")
+    line = f"train {home}/tiny.yaml data.root={tmp_path}/data data.bad_images=skip --run-dir {tmp_path}/run"
+    assert zoo(*line.split())[0] == 0
+    assert "z\\udcfcd.png" in (tmp_path / "run" / "bad_files.txt").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_an_output_without_the_letters_of_a_name_shows_it_all_the_same(
+    home, tmp_path, monkeypatch, encoding
+):
+    file = tmp_path / "\xfcn\xef.png"
+    file.write_bytes((home / "data" / "val" / "dark" / "0.png").read_bytes())
+
+    def printed(*arguments: str) -> str:
+        output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", output)
+            assert main(list(arguments)) == 0
+        return output.buffer.getvalue().decode(encoding)
+
+    shown = {"ascii": "\\xfcn\\xef.png", "utf-8": "\xfcn\xef.png"}[encoding]
+    assert shown in printed("predict", str(home / "runs" / "tiny"), str(file))
+    facts = json.loads(printed("predict", str(home / "runs" / "tiny"), str(file), "--json", "-"))
+    assert facts["predictions"][0]["file"] == str(file)
+    assert "name: " in printed("recipes", "show", "classification/digits", "name=\xfc")
+    assert json.loads(printed("runs", "list", str(home / "runs"), "--json", "-"))
 
 
 def test_predict_refuses_in_one_line(zoo, home):
