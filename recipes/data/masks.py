@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 IGNORE = -1  # what a target holds where no class is given, whatever the files have there
 _FOREIGN = -2
+USUAL_IGNORE = 255  # in files, where a recipe says nothing else
 LOSSLESS = tuple(name for name in FORMATS if name not in ("JPEG", "WEBP"))
 # How much is looked at before training begins; what is wrong elsewhere is found when it is read.
 SIZES_CHECKED, MASKS_CHECKED = 1000, 100
@@ -86,7 +87,7 @@ class MaskedImages:
             raise DataError(
                 f"mask {path} holds {', '.join(map(str, foreign[:5]))}{', ...' if len(foreign) > 5 else ''}, "
                 f"which is none of the {len(self.classes)} classes ({known[0]} to {known[-1]})"
-                + (f" nor no class ({', '.join(map(str, ignored[:3]))})" if len(ignored) < 4 else "")
+                + (f" nor no class ({', '.join(map(str, ignored[:3]))})" if 0 < len(ignored) < 4 else "")
                 + "; correct the mask, the number of classes or data.ignore_index"
             )
         return numbers
@@ -178,12 +179,21 @@ def _spread(count: int, most: int) -> list[int]:
     return [i * (count - 1) // max(1, chosen - 1) for i in range(chosen)]
 
 
-def class_values(count: int, ignore: int, *, from_one: bool) -> dict[int, int]:
-    """Return what the numbers in a mask mean: classes from 0, or from 1 with 0 for none, and `ignore`."""
-    values = {number + from_one: number for number in range(count)}
+def class_values(classes: Sequence[str], ignore: int, *, from_one: bool) -> dict[int, int]:
+    """Return what the numbers in a mask mean: classes from 0, or from 1 with 0 for none, and `ignore`.
+
+    Raises ConfigError where `ignore` is a class too, unless it is the usual 255, which nobody has chosen.
+    """
+    values = {number + from_one: number for number in range(len(classes))}
     if from_one:
         values[0] = IGNORE
-    return values if ignore in values else {**values, ignore: IGNORE}
+    number = values.get(ignore, IGNORE)
+    if number != IGNORE and ignore != USUAL_IGNORE:
+        other = ", or data.reduce_zero_label=true" if ignore == 0 else ""
+        raise ConfigError(
+            f"data.ignore_index={ignore} is also class {classes[number]!r}; give another number{other}"
+        )
+    return {ignore: IGNORE, **values}
 
 
 # ---- folders
@@ -213,7 +223,7 @@ def folder_of(
             found = ", ".join(folders[:5]) or "no folders"
             raise DataError(f"{inside.parent} has no {inside.name}/ inside (found {found}); {wanted}")
     pairs, notes = match(place / "images", place / "masks")
-    values = class_values(len(classes), ignore, from_one=from_one)
+    values = class_values(classes, ignore, from_one=from_one)
     return MaskedImages(split, pairs, classes, values, root=place, notes=notes, lenient=lenient)
 
 
@@ -305,7 +315,7 @@ def ade20k(root: str | Path, *, train: bool, download: bool, lenient: bool = Fal
         names = [row[-1].split(",")[0].strip() for row in rows if len(row) > 1]
         names = [name if names.count(name) == 1 else f"{name} {i + 1}" for i, name in enumerate(names)]
     pairs, notes = match(root / "images" / split, root / "annotations" / split)
-    values = class_values(150, 255, from_one=True)
+    values = class_values(names, USUAL_IGNORE, from_one=True)
     return MaskedImages(split, pairs, names, values, root=root, notes=notes, lenient=lenient)
 
 
@@ -321,7 +331,7 @@ def voc(root: str | Path, *, train: bool, download: bool, lenient: bool = False)
             _unusable("voc", root, error, "VOCdevkit/VOC2012 inside, or data.download=true")
         ) from None
     pairs = list(zip(base.images, base.masks, strict=True))
-    values = class_values(len(VOC), 255, from_one=False)
+    values = class_values(VOC, USUAL_IGNORE, from_one=False)
     return MaskedImages(split, pairs, VOC, values, root=Path(root), lenient=lenient)
 
 

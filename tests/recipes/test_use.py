@@ -103,9 +103,13 @@ def test_an_evaluation_has_one_place_of_images(finished, image_folder):
 def test_a_network_of_one_size_says_so(image_folder):
     model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2)
     trained = Trained(
-        model=model, name="timm/vit_tiny_patch16_224", classes=["dark", "light"], settings=InputSettings.of(model),
-        recipe=None, source="x",
-    )  # fmt: skip
+        model=model,
+        name="timm/vit_tiny_patch16_224",
+        classes=["dark", "light"],
+        settings=InputSettings.of(model),
+        recipe=None,
+        source="x",
+    )
     with pytest.raises(
         ConfigError, match="vit_tiny_patch16_224 does not take data.image_size=48: Input height"
     ):

@@ -36,9 +36,10 @@ def numbers(height: int = 4, width: int = 6) -> np.ndarray:
 def pair(tmp_path, image, mask, count: int = 3, **options) -> MaskedImages:
     write(tmp_path / "a.png", image, **options)
     write(tmp_path / "m.png", mask)
-    values = class_values(count, 255, from_one=False)
+    classes = [str(i) for i in range(count)]
+    values = class_values(classes, 255, from_one=False)
     files = [(str(tmp_path / "a.png"), str(tmp_path / "m.png"))]
-    return MaskedImages("train", files, [str(i) for i in range(count)], values, root=tmp_path)
+    return MaskedImages("train", files, classes, values, root=tmp_path)
 
 
 # ---- reading a mask
@@ -92,6 +93,27 @@ def test_what_has_no_class_is_ignored_and_what_is_none_is_named(tmp_path):
     mask[2, 2:5] = (9, 8, 3)
     with pytest.raises(DataError, match=r"m.png holds 3, 8, 9, which is none of the 3 classes \(0 to 2\)"):
         pair(tmp_path, np.zeros((4, 6, 3), np.uint8), mask)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "from_one", "words"),
+    [
+        (0, False, "=0 is also class 'bg'; give another number, or data.reduce_zero_label=true"),
+        (1, False, "=1 is also class 'cat'; give another number$"),
+        (2, True, "=2 is also class 'cat'; give another number$"),
+    ],
+)
+def test_what_has_no_class_cannot_be_a_class_too(ignore, from_one, words):
+    with pytest.raises(ConfigError, match=f"data.ignore_index{words}"):
+        class_values(["bg", "cat"], ignore, from_one=from_one)
+
+
+def test_what_nobody_has_chosen_gives_way_to_a_class(tmp_path):
+    many = [str(i) for i in range(257)]
+    assert class_values(many, 255, from_one=False) == {i: i for i in range(257)}
+    assert class_values(["a"], 0, from_one=True) == {0: IGNORE, 1: 0}
+    with pytest.raises(DataError, match=r"the 257 classes \(0 to 256\); correct"):
+        pair(tmp_path, np.zeros((4, 6, 3), np.uint8), (numbers() + 300).astype(np.uint16), 257)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12, 13])
