@@ -104,7 +104,14 @@ class RandomScale(v2.Transform):
         return {"size": list(fitting(v2.query_size(flat_inputs), max(1, round(self.side * by)), longest))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.resize(inpt, params["size"], interpolation=InterpolationMode.BILINEAR, antialias=True)
+        if not isinstance(inpt, tv_tensors.Mask):
+            return F.resize(inpt, params["size"], interpolation=InterpolationMode.BILINEAR, antialias=True)
+        # For a mask torchvision takes the pixel above and to the left, not the nearest to the centre.
+        values = inpt.as_subclass(Tensor)[None]
+        exact = F.resize(
+            values, params["size"], interpolation=InterpolationMode.NEAREST_EXACT, antialias=False
+        )
+        return tv_tensors.wrap(exact[0], like=inpt)
 
 
 class RandomCrop(v2.Transform):

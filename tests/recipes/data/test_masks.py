@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from torchvision import tv_tensors
 
 from zoo.errors import ConfigError, DataError
 from zoo.recipes.data import digit_scenes, load_halves, masks
 from zoo.recipes.data.digit_scenes import CLASSES, DigitScenes, compose
-from zoo.recipes.data.joint import JointTraining, Views, fitting
+from zoo.recipes.data.joint import JointTraining, RandomScale, Views, fitting
 from zoo.recipes.data.masks import IGNORE, MaskedImages, class_values, folder_classes, read_mask
 from zoo.recipes.data.transforms import InputSettings
 from zoo.recipes.schema import SegmentationAugment, SegmentationRecipe
@@ -113,7 +114,7 @@ def test_what_nobody_has_chosen_gives_way_to_a_class(tmp_path):
     assert class_values(many, 255, from_one=False) == {i: i for i in range(257)}
     assert class_values(["a"], 0, from_one=True) == {0: IGNORE, 1: 0}
     with pytest.raises(DataError, match=r"the 257 classes \(0 to 256\); correct"):
-        pair(tmp_path, np.zeros((4, 6, 3), np.uint8), (numbers() + 300).astype(np.uint16), 257)
+        pair(tmp_path, np.zeros((4, 6, 3), np.uint8), numbers().astype(np.uint16) + 300, 257)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12, 13])
@@ -269,6 +270,17 @@ def test_image_and_mask_stay_together():
         seen = (pixels[0] * 0.25 + 0.5) * 255 / 40
         inside = target != IGNORE
         assert ((seen - target).abs()[inside] < 0.5).float().mean() > 0.75  # borders are blurred
+
+
+@pytest.mark.parametrize("side", [16, 23, 48, 100])
+def test_a_resized_mask_lies_where_its_image_does(side):
+    """Each of its pixels is the one of the file that is nearest to its centre."""
+    columns = torch.arange(64, dtype=torch.int16).expand(64, 64)
+    mask = RandomScale(side, None, [1.0, 1.0])(tv_tensors.Mask(columns))
+    assert isinstance(mask, tv_tensors.Mask) and mask.dtype == torch.int16 and mask.shape == (side, side)
+    for lines in (mask, RandomScale(side, None, [1.0, 1.0])(tv_tensors.Mask(columns.T)).T):
+        places = lines.as_subclass(torch.Tensor) + 0.5
+        assert (places - 64 / side * (torch.arange(side) + 0.5)).abs().max() <= 0.5
 
 
 def test_a_crop_of_one_class_is_tried_again():
