@@ -63,6 +63,15 @@ class Training(pl.LightningModule):
         """Optimiser steps in an epoch."""
         return math.ceil(len(self.loader) / self.recipe.optim.accumulate)
 
+    def step_share(self, batch_idx: int) -> float:
+        """Return by what a loss is multiplied before Lightning divides it by optim.accumulate.
+
+        That is more than 1 where the last step of an epoch has fewer batches, as in timm's training.
+        """
+        accumulate = self.recipe.optim.accumulate
+        rest = len(self.loader) % accumulate
+        return accumulate / rest if batch_idx >= len(self.loader) - rest else 1.0
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.recipe.optim
         lr = optim.lr * rate_factor(self.recipe, self.trainer.world_size)
@@ -124,7 +133,7 @@ class Training(pl.LightningModule):
         if not torch.isfinite(loss):
             self._refuse(loss, batch_idx)
         self.losses.append(loss.detach())
-        return loss
+        return loss * self.step_share(batch_idx)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -207,6 +207,29 @@ def test_gathered_gradients_are_never_cut_in_half(run, at_step, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_the_last_step_of_an_epoch_counts_as_much_with_fewer_batches(run, monkeypatch):
+    """Of three batches with accumulate=2 the last is a step of its own, as it is with accumulate=1."""
+    gradients: dict[int, list[torch.Tensor]] = {}
+
+    def note(self, optimizer) -> None:
+        each = [weight.grad.flatten().clone() for weight in self.parameters() if weight.grad is not None]
+        gradients.setdefault(self.recipe.optim.accumulate, []).append(torch.cat(each))
+
+    monkeypatch.setattr(Training, "on_before_optimizer_step", note)
+    still = ["optim.name=sgd", "optim.schedule=constant", "optim.lr=1e-20", "optim.warmup_epochs=0"]
+    still += ["optim.epochs=1", "optim.ema=null", "optim.clip_grad=null"]
+    losses = {}
+    for accumulate in (1, 2):
+        folder = run(f"by {accumulate}", *still, f"optim.accumulate={accumulate}").folder
+        with (folder / "metrics.csv").open() as file:
+            losses[accumulate] = [
+                float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]
+            ]
+    one, two = gradients[1], gradients[2]
+    torch.testing.assert_close(two, [(one[0] + one[1]) / 2, one[2]])
+    assert losses[2] == pytest.approx([(losses[1][0] + losses[1][1]) / 2, losses[1][2]])
+
+
 def test_workers_change_nothing_not_even_after_a_stop(run, finished, at_step, tmp_path):
     at_step(5, kill)
     with pytest.raises(Killed):
