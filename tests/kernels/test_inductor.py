@@ -20,7 +20,7 @@ SMALLER = {
     },
     "agent_digits": {
         "dims": (24, 48), "stages": ("A", "B"), "num_heads": (2, 4), "agent_num": (9, 9),
-        "sr_ratios": (1, 1), "mlp_ratios": (2.0, 2.0),
+        "mlp_ratios": (2.0, 2.0),
     },
 }  # fmt: skip
 

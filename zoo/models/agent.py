@@ -38,7 +38,7 @@ class AgentConfig:
     weights, as the published models for dense prediction do. Tables are made for images of `input_size`.
     `window_size` is that of Swin's B blocks, and the width of CSwin's stripes. Where a map is no wider than a
     window of Swin's, `clamp_window` makes it one window without a shift, as the classifiers do; the published
-    models for dense prediction shift all the same. `sr_ratios` are PVT's.
+    models for dense prediction shift all the same. `sr_ratios` are PVT's, None is 1 everywhere.
     """
 
     dims: tuple[int, ...] = (96, 192, 384, 768)
@@ -49,7 +49,7 @@ class AgentConfig:
     window_size: int = 7
     clamp_window: bool = True
     mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0, 4.0)
-    sr_ratios: tuple[int, ...] = (1, 1, 1, 1)
+    sr_ratios: tuple[int, ...] | None = None
     input_size: int = 224
     num_classes: int = 1000
     crop_pct: float = 0.875
@@ -291,7 +291,8 @@ class AgentPVT(NumberedStages):
             setattr(self, f"patch_embed{i + 1}", patches)
             setattr(self, f"pos_embed{i + 1}", nn.Parameter(nn.init.trunc_normal_(positions, std=0.02)))
             place = {"proj_drop": proj_drop_rate, **factory}
-            agents = {**cfg.agents(i), "separate_kv": True, "sr_ratio": cfg.sr_ratios[i]}
+            ratio = cfg.sr_ratios[i] if cfg.sr_ratios else 1
+            agents = {**cfg.agents(i), "separate_kv": True, "sr_ratio": ratio}
             stages.append([
                 Block(
                     AgentAttention(dim, cfg.num_heads[i], **agents, **place),
@@ -735,7 +736,6 @@ SWIN_ROWS = {
         agent_num=(9, 9, 4),
         window_size=3,
         mlp_ratios=(2.0, 2.0, 2.0),
-        sr_ratios=(1, 1, 1),
         input_size=32,
         num_classes=10,
         crop_pct=1.0,

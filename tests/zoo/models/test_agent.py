@@ -42,10 +42,10 @@ SMALL = {
     "agent_cswin_tiny": {"stages": ("A", "A", "BB", "B")},
 }
 # The same in a few blocks of two stages, for what takes long in every block.
-_TWO = {"num_heads": (2, 4), "agent_num": (9, 9), "mlp_ratios": (2.0, 2.0), "sr_ratios": (1, 2)}
+_TWO = {"num_heads": (2, 4), "agent_num": (9, 9), "mlp_ratios": (2.0, 2.0)}
 MINI = {
     "agent_deit_tiny": {"depth": 2, "agent_depth": 1},
-    "agent_pvt_tiny": {"dims": (32, 64), "stages": ("A", "A"), **_TWO},
+    "agent_pvt_tiny": {"dims": (32, 64), "stages": ("A", "A"), "sr_ratios": (1, 2), **_TWO},
     "agent_swin_tiny": {"dims": (32, 64), "stages": ("A", "BB"), **_TWO},
     "agent_cswin_tiny": {"dims": (32, 64), "stages": ("B", "A"), **_TWO},
 }
