@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -172,12 +173,27 @@ def override(raw: dict[str, Any], text: str) -> None:
         raise ConfigError(f"override {text!r} has an empty part in its key")
     if key == "base":
         raise ConfigError("base= belongs into a recipe file, not on the command line")
-    read = parse(f"value: {value}", f"override {text!r}").get("value")
-    # YAML takes 2024_01_05 for a number and "on" for true; where a text belongs, it is one.
-    plain = read is not None and not isinstance(read, dict | list)
-    if plain and _is_text(raw, key) and not value.lstrip().startswith(("'", '"')):
-        read = value.strip()
-    put(raw, key, read)
+    if not _is_utf8(text):
+        raise ConfigError(f"override {text!r} is not UTF-8, as every recipe is; rename what it names")
+    # YAML takes 2024_01_05 for a number, "on" for true and "My: photos" for a mistake: a text is one.
+    typed = value.strip()
+    if _is_text(raw, key) and not _is_quoted(typed) and typed not in ("", "~", "null", "Null", "NULL"):
+        # No shell expands this behind a key.
+        put(raw, key, os.path.expanduser(typed) if typed.startswith("~/") else typed)  # noqa: PTH111
+    else:
+        put(raw, key, parse(f"value: {value}", f"override {text!r}").get("value"))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
 
 
 def _is_text(raw: dict[str, Any], key: str) -> bool:

@@ -6,7 +6,7 @@ environment.json   versions and devices
 classes.json       the class names
 metrics.csv        losses and accuracies; tensorboard/ holds the same
 checkpoints/       last.ckpt and best.ckpt
-model.safetensors  the best weights with all that is needed to use them
+model.safetensors  of a finished run: the best weights with all that is needed to use them
 curves.png and the pictures of the task; bad_files.txt
 """
 
@@ -163,7 +163,7 @@ def write_start(folder: Path, made: Recipe, command: str, classes: Sequence[str]
         "packages": {name: _version(name) for name in PACKAGES},
     }
     write_text(folder / "environment.json", json.dumps(environment, indent=2))
-    with (folder / "command.txt").open("a", encoding="utf-8") as file:
+    with (folder / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(command + "\n")
 
 

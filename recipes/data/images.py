@@ -87,7 +87,7 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.root = at_home(root)
         if not self.root.is_dir():
             raise DataError(f"no folder {self.root}; wanted one sub-folder for each class of images")
         self.classes = sorted(entry.name for entry in _entries(self.root) if entry.is_dir())
@@ -154,12 +154,19 @@ def _refuse_no_text(name: str, root: Path) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise DataError(f"the class folder {name!r} in {root} has a name that is not UTF-8; rename it") from None
+        raise DataError(
+            f"the class folder {name!r} in {root} has a name that is not UTF-8; rename it"
+        ) from None
+
+
+def at_home(path: str | Path) -> Path:
+    """Return a path with ~ expanded; that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises for an unknown user
 
 
 def split_of(root: str | Path, split: str, images_in: Callable[[Path], Split] = ImageFolder) -> Split:
     """Return the images of `root/<split>`. Raises DataError for a missing folder or another layout."""
-    root = Path(root)
+    root = at_home(root)
     if not root.is_dir():
         raise DataError(f"no folder {root}; wanted one that holds train/ and val/")
     if not (root / split).is_dir():
@@ -178,7 +185,7 @@ def image_files(sources: Sequence[str | Path]) -> list[str]:
     """
     found: dict[str, None] = {}
     for source in sources:
-        path = Path(source).expanduser()
+        path = at_home(source)
         if path.is_dir():
             files = images_below(path, Counter())
             missing = f"no image in folder {source}"

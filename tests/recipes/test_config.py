@@ -78,9 +78,10 @@ def test_a_misspelt_key_names_the_nearest_one(good, key):
 
 
 @pytest.mark.parametrize(("key", "hint"), [(key, hint) for key, _, hint in ALL])
-def test_a_wrong_type_is_named_with_its_key(good, key, hint):
-    wrong = "{a: {b: c}}" if "dict" not in str(hint) else "7"
-    message = refused(good, f"{key}={wrong}", names=False)
+def test_a_wrong_type_is_named_with_its_key(tmp_path, key, hint):
+    content = yaml.safe_load(GOOD)
+    put(content, key, {"a": {"b": "c"}} if "dict" not in str(hint) else 7)
+    message = refused(write(tmp_path, yaml.safe_dump(content)), names=False)
     assert key in message
 
 
@@ -179,10 +180,30 @@ def test_yaml_values_come_through_with_their_types(good):
     assert made.name == "mine"
 
 
-@pytest.mark.parametrize("text", ["2024_01_05", "007", "on", "1e3", "a #b", "~x"])
+@pytest.mark.parametrize("text", ["2024_01_05", "007", "on", "1e3", "a #b", "~x", "- x", "My: photos"])
 def test_a_text_is_what_was_typed(good, text):
     assert recipe(good, [f"data.root={text}"]).data.root == text
     assert recipe(good, [f"data.root='{text}'"]).data.root == text
+
+
+@pytest.mark.parametrize("text", ["[odd]/x", "[odd]", "@x", "{a}/b", "{a: b}", "*/x", "'tis/x", "\xfc"])
+def test_a_path_needs_no_quotes(good, text):
+    made = recipe(good, [f"data.root={text}"])
+    assert made.data.root == text
+    good.write_text(made.yaml(), encoding="utf-8")
+    assert recipe(good).data.root == text
+
+
+def test_a_path_that_is_not_utf8_is_refused_by_its_key(good):
+    message = refused(good, "data.root=l\udcfc")
+    assert "override 'data.root=l\\udcfc' is not UTF-8" in message
+
+
+def test_a_path_at_home_is_found_there(good, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    made = recipe(good, ["data.root=~/photos", "model.checkpoint=~/w.pth"])
+    assert (made.data.root, made.model.checkpoint) == ("/home/me/photos", "/home/me/w.pth")
+    assert recipe(good, ["data.root=a~/b"]).data.root == "a~/b"
 
 
 def test_a_text_that_may_be_missing_can_be_taken_away(good):

@@ -343,6 +343,15 @@ def test_a_missing_folder_is_named(tmp_path):
         load_halves(of_folder(tmp_path / "nowhere"))
 
 
+def test_a_folder_at_home_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tree(tmp_path, "data/val/a/1.png", "data/val/b/1.png")
+    assert len(load_half(of_folder(Path("~/data")), train=False)) == 2
+    assert len(ImageFolder("~/data/val")) == len(image_files(["~/data"])) == 2
+    with pytest.raises(DataError, match="no folder ~nobody-of-that-name/data"):
+        ImageFolder("~nobody-of-that-name/data")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_without_permission_is_named(tmp_path):
     (tmp_path / "train").mkdir(mode=0)

@@ -205,15 +205,16 @@ def test_a_file_name_that_is_no_text_is_printed_and_written_all_the_same(zoo, ho
 def test_a_damaged_file_whose_name_is_no_text_is_skipped(zoo, home, tmp_path):
     shutil.copytree(home / "data", tmp_path / "data")
     (tmp_path / "data" / "train" / "dark" / os.fsdecode(b"z\xfcd.png")).write_bytes(b"x")
-    line = f"train {home}/tiny.yaml data.root={tmp_path}/data data.bad_images=skip --run-dir {tmp_path}/run"
-    assert zoo(*line.split())[0] == 0
+    file = tmp_path / os.fsdecode(b"r\xfc.yaml")
+    file.write_text("name: tiny\n" + (home / "tiny.yaml").read_text())
+    line = f"data.root={tmp_path}/data data.bad_images=skip --run-dir {tmp_path}/run"
+    assert zoo("train", str(file), *line.split())[0] == 0
     assert "z\\udcfcd.png" in (tmp_path / "run" / "bad_files.txt").read_text()
+    assert "r\\udcfc.yaml" in (tmp_path / "run" / "command.txt").read_text()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_an_output_without_the_letters_of_a_name_shows_it_all_the_same(
-    home, tmp_path, monkeypatch, encoding
-):
+def test_an_output_without_the_letters_of_a_name_shows_it_all_the_same(home, tmp_path, monkeypatch, encoding):
     file = tmp_path / "\xfcn\xef.png"
     file.write_bytes((home / "data" / "val" / "dark" / "0.png").read_bytes())
 
