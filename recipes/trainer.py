@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from zoo.errors import ConfigError
 from zoo.recipes.checkpoints import AtomicCheckpointIO, Checkpoints
 from zoo.recipes.logs import MetricsFile, Report, TensorBoard
+from zoo.recipes.run_folder import MODEL
 from zoo.recipes.schema import Recipe
 from zoo.recipes.tasks.base import Task
 
@@ -56,7 +58,7 @@ def build_trainer(
             accumulate_grad_batches=optim.accumulate,
             gradient_clip_val=optim.clip_grad,
             # In this order: the report reads what the other one clears.
-            callbacks=[Beginning(begin_all), Report(task.monitor, task.label), checkpoints],
+            callbacks=[Beginning(begin_all, folder / MODEL), Report(task.monitor, task.label), checkpoints],
             logger=[metrics, TensorBoard(folder / "tensorboard", resumed_at and resumed_at + 1)],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder,
@@ -72,14 +74,26 @@ def build_trainer(
 
 
 class Beginning(pl.Callback):
-    """Writes the first files of a run: not before the last check, for they replace those of a run resumed."""
+    """Writes the first files of a run: not before the last check, for they replace those of a run resumed.
 
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self.begin = begin
+    A finished run that trains on loses its `model`, which would pass for the result of what now begins;
+    best.ckpt has the same weights.
+    """
+
+    def __init__(self, begin: Callable[[], None], model: Path) -> None:
+        self.begin, self.model = begin, model
+        self.trains = False
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.begin()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and not self.trains:
+            self.model.unlink(missing_ok=True)
+        self.trains = True
 
 
 @contextmanager

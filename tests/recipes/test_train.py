@@ -22,7 +22,8 @@ from torch.utils.data._utils import signal_handling
 from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
 from zoo.recipes import api
 from zoo.recipes.config import all_keys, recipe
-from zoo.recipes.run_folder import FROZEN, refuse_another
+from zoo.recipes.run_folder import FROZEN, load_trained, refuse_another
+from zoo.recipes.runs import read_run
 from zoo.recipes.schema import RECIPES, Optim
 from zoo.recipes.tasks import classification
 from zoo.recipes.tasks.classification import Classification
@@ -249,6 +250,29 @@ def test_a_run_can_be_made_longer(run, tmp_path, capsys):
     run("longer", "optim.epochs=1", "optim.warmup_epochs=1")
     run("longer", "optim.epochs=2", resume=tmp_path / "longer")
     assert "optim.epochs 1 -> 2" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_trains_on_has_no_old_result_while_it_does(run, finished, at_step, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "on")
+    at_step(STEPS + 2, terminate)
+    with pytest.raises(SystemExit):
+        run("on", "optim.epochs=4", resume=folder)
+    assert not (folder / "model.safetensors").exists() and read_run(folder).state == "stopped"
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in load_trained(folder).model.state_dict().items():
+        assert torch.equal(value, best[f"ema.module.{name}"])
+    run("on", "optim.epochs=4", resume=folder)
+    assert read_run(folder).state == "finished"
+
+
+def test_a_finished_run_that_does_not_train_on_keeps_its_result(run, finished, monkeypatch, tmp_path):
+    from zoo.recipes import run_folder
+
+    folder = shutil.copytree(finished, tmp_path / "again")
+    monkeypatch.setattr(run_folder, "export_model", lambda *_: kill())
+    with pytest.raises(Killed):
+        run("again", resume=folder)
+    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
