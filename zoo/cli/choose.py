@@ -55,18 +55,16 @@ def choose(
 
 def _show(made: Choice) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from zoo.cli.runs import print_table
 
     console = Console()
     about = made.about
     metric = {"top1": "top-1 (%)", "fid": "FID"}[(made.ranked + made.missed + made.unmeasured)[0].metric]
     what = "training step" if made.limits["training"] else "forward pass"
-    table = Table(title=f"{what} of {made.limits['batch']}, {about['device']}, torch {about['torch']}")
-    table.add_column("model", no_wrap=True)
-    for head in (metric, "pixels", "p50", "p90 (ms)", "memory (MB)", "parameters (M)"):
-        table.add_column(head, justify="right")
-    for each in made.ranked:
-        table.add_row(
+    head = ["model", metric, "pixels", "p50", "p90 (ms)", "memory (MB)", "parameters (M)"]
+    rows = [
+        [
             each.name,
             "-" if each.published is None else f"{each.published:g}",
             str(each.size),
@@ -74,9 +72,12 @@ def _show(made: Choice) -> None:
             f"{each.milliseconds['p90']:.1f}",
             "-" if each.memory is None else f"{each.memory / 2**20:.0f}",
             f"{each.parameters / 1e6:.1f}",
-        )
+        ]
+        for each in made.ranked
+    ]
     if made.ranked:
-        console.print(table)
+        print(f"{what} of {made.limits['batch']}, {about['device']}, torch {about['torch']}")
+        print_table(head, rows, figures=True)
         console.print(f"{metric}: as the authors publish it; everything else was measured now")
         for each in made.ranked:
             where = f"{each.source}; licence {each.licence or 'not stated'}" if each.source else "none"

@@ -46,7 +46,7 @@ def list_(
         ]
         for run in found
     ]
-    _table(["folder", "model", "data", "state", "epoch", "step", "best", "started"], rows)
+    print_table(["folder", "model", "data", "state", "epoch", "step", "best", "started"], rows)
 
 
 @runs.command("compare")
@@ -74,7 +74,7 @@ def compare(
     rows = [[key, *(str(value) for value in values)] for key, values in keys.items()]
     rows += [["best", *map(_score, found)], ["step", *(str(run.step) for run in found)]]
     rows.append(["state", *(run.state for run in found)])
-    _table(["", *map(str, folders)], rows)
+    print_table(["", *map(str, folders)], rows)
 
 
 def export(
@@ -105,7 +105,9 @@ def _is_json(path: Path | None, facts: list[dict[str, Any]]) -> bool:
     return str(path) == "-"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> None:
+def print_table(head: list[str], rows: list[list[str]], *, figures: bool = False) -> None:
+    """Print columns as wide as they need; `figures` puts all but the first to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in [head, *rows]:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        cells = [f"{cell:{'>' if figures and i else '<'}{widths[i]}}" for i, cell in enumerate(row)]
+        print("  ".join(cells).rstrip())

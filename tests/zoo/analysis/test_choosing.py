@@ -125,6 +125,14 @@ def test_the_command_shows_figures_sources_and_what_was_left_out(staged, tmp_pat
     assert json.loads(file.read_text())["ranked"][0]["name"] == "nat_small"
 
 
+def test_the_figures_stay_whole_on_a_narrow_terminal(staged, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["choose", "--latency", "160", "--among", "nat_*[a-z]", "--most", "1", "--seconds", "0"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("nat_small"))
+    assert row.split()[1:5] == ["83.7", "224", "150.0", "150.0"] and "\u2026" not in out
+
+
 def test_mistakes_say_what_is_right(capsys):
     with pytest.raises(zoo.ConfigError, match="unknown task 'segmentaton'.*did you mean segmentation"):
         choose("segmentaton")
