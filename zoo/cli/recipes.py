@@ -269,16 +269,18 @@ def show(
 def copy(
     name: Annotated[str, typer.Argument(help="A recipe name.")],
     target: Annotated[
-        Path | None, typer.Argument(help="The new file, or a folder for it; here by default.")
+        str | None, typer.Argument(help="The new file, or a folder for it, new if it ends in /; else here.")
     ] = None,
 ) -> None:
     """Copy a recipe to a file of your own, to change and train."""
+    import shlex
+
     from zoo.errors import ConfigError
     from zoo.recipes.config import find_recipe
 
     source = find_recipe(name)
-    file = target if target is not None else Path(source.name)
-    if file.is_dir():
+    file = Path(target) if target is not None else Path(source.name)
+    if file.is_dir() or (target or "").endswith("/"):
         file = file / source.name
     if file.suffix != ".yaml":
         raise ConfigError(f"{file} must end in .yaml, so that `zoo train {file}.yaml` reads it as a file")
@@ -286,7 +288,8 @@ def copy(
         raise ConfigError(f"{file} exists already; name another file")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(source.read_bytes())
-    print(f"{file}; train it with: zoo train {file if len(file.parts) > 1 else f'./{file}'}")
+    typed = shlex.quote(str(file) if len(file.parts) > 1 else f"./{file}")
+    print(f"{file}; train it with: zoo train {typed}")
 
 
 @recipes.command("check")

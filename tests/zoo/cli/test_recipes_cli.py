@@ -269,6 +269,12 @@ def test_a_copy_is_the_users_own_and_overwrites_nothing(zoo, tmp_path):
     assert zoo("recipes", "check", str(tmp_path / "mine.yaml"))[0] == 0
 
 
+def test_a_copy_goes_into_a_new_folder_and_its_command_can_be_typed(zoo, tmp_path):
+    status, out, _ = zoo("recipes", "copy", "classification/digits", f"{tmp_path}/a b/")
+    assert status == 0 and (tmp_path / "a b" / "digits.yaml").is_file()
+    assert out[0].endswith(f"zoo train '{tmp_path}/a b/digits.yaml'")
+
+
 def test_check_judges_all_recipes_and_counts_the_wrong_ones(zoo, tmp_path):
     status, out, err = zoo("recipes", "check")
     assert status == 0 and out[-1].endswith("recipes are right") and err == []
