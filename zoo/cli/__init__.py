@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = build()(args=arguments, prog_name="zoo", standalone_mode=False)
+        if status == INTERRUPTED:  # what typer made of a KeyboardInterrupt, without a word
+            raise KeyboardInterrupt
         sys.stdout.flush()  # here: when the interpreter ends, a closed pipe cannot be told any more
     except BaseException as error:
         if debug and not isinstance(error, SystemExit):
