@@ -338,7 +338,11 @@ def _check_keys(raw: dict[str, Any], kind: type, prefix: str, source: str, root:
             raise ConfigError(f"{source}: {path}={value} is not {_wanted(path, root)}")
         elif isinstance(value, dict):
             for name in value:
-                if str(name).startswith(REFUSED_ARGS):
+                if not isinstance(name, str):
+                    raise ConfigError(
+                        f"{source}: {path} has the key {name!r}, which is no text; write it in quotes"
+                    )
+                if name.startswith(REFUSED_ARGS):
                     raise ConfigError(
                         f"{source}: {path}.{name} has a key of its own or is not for recipes; leave it out"
                     )

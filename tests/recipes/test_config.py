@@ -262,6 +262,15 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path, content):
     refused(write(tmp_path, content), names=False)
 
 
+@pytest.mark.parametrize("key", ["1", "true", "1.5"])
+def test_a_key_that_is_no_text_is_named(tmp_path, key):
+    file = write(tmp_path, f"model:\n  name: nat_digits\n  args: {{{key}: 3}}\ndata: {{name: digits}}\n")
+    message = refused(file, names=False)
+    assert f"model.args has the key {key.capitalize()}, which is no text; write it in quotes" in message
+    made = recipe(write(tmp_path, file.read_text().replace(f"{{{key}:", f"{{'{key}':")), names=False)
+    assert made.model.args == {key: 3}
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "no recipe file" in refused(tmp_path / "none.yaml")
     (tmp_path / "folder.yaml").mkdir()
