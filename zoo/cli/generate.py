@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,9 +39,15 @@ def generate(
     """Make images with a trained model: zoo generate runs/digits --classes 3,5 --guidance 2"""
     import re
 
+    from zoo.errors import ConfigError
     from zoo.recipes.generate import generate as run
     from zoo.recipes.generate import sheet
 
+    # Said now, while there is nothing to lose.
+    there = next((each for each in (output, *output.parents) if each.exists()), output)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        found = "cannot be written to" if there.is_dir() else "is a file"
+        raise ConfigError(f"--output {output}: {there} {found}; name another folder")
     wanted = [each.strip() for each in classes.split(",") if each.strip()] if classes is not None else None
     found = run(
         source, classes=wanted, prompt=prompt or None, count=count, guidance=guidance, steps=steps,

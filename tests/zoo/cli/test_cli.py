@@ -111,6 +111,19 @@ def test_generators_are_listed_and_described_beside_the_backbones(capsys):
     assert code == 0 and facts["task"] == "generation" and facts["input_size"] == [4, 32, 32]
 
 
+@pytest.mark.parametrize("output", ["file", "file/below/it"])
+def test_generate_refuses_a_folder_that_cannot_be_before_images_are_made(
+    tmp_path, capsys, monkeypatch, output
+):
+    from zoo.recipes import generate
+
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(generate, "generate", lambda *arguments, **options: pytest.fail("images were made"))
+    status, _, err = run(capsys, "generate", "dit_digits", "--output", str(tmp_path / output))
+    assert status == 2
+    assert err == f"error: --output {tmp_path}/{output}: {tmp_path}/file is a file; name another folder\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_cut_off_by_a_pager_is_no_error(unbuffered):
