@@ -89,7 +89,11 @@ def _train(
         say(f"note: {made.conceal(note)}")
     objective = task.objective(made, classes)
     reseed(made.seed, "weights")
-    model = task.build_model(made, len(classes))
+    try:
+        model = task.build_model(made, len(classes))
+    except IntegrityError:
+        _refuse_own_checkpoint(made.model.checkpoint)
+        raise
     settings = task.settings(made, model)
     bad_images = BadImages(made.data.max_bad, folder / "bad_files.txt")
     loader, val_loader = _loaders(made, task, settings, train_images, val_images, bad_images)
@@ -184,6 +188,23 @@ def _check_resume(made: Recipe, checkpoint: Path, classes: list[str]) -> dict[st
         say(f"note: resumed with another value, {difference}")
     say(f"resuming {checkpoint} at step {content['global_step']} (epoch {epoch + 1}, batch {batch})")
     return content
+
+
+def _refuse_own_checkpoint(path: str | None) -> None:
+    """Raise ConfigError where weights to start from did not fit because they are all of a run."""
+    file = Path(path or "").expanduser()
+    if file.suffix != ".ckpt":
+        return
+    try:
+        load_checkpoint(file)
+    except IntegrityError:  # of somebody else
+        return
+    exported = file.parent.parent / runs.MODEL
+    better = f"{exported}, or " if exported.exists() else ""
+    raise ConfigError(
+        f"model.checkpoint={path} holds all of a run, not the weights of its network alone; give {better}"
+        f"what `zoo export {path} --format safetensors` writes"
+    ) from None
 
 
 def _refuse_other_weights(content: dict[str, Any], module: Training, checkpoint: Path | None) -> None:

@@ -22,6 +22,7 @@ from torch.utils.data._utils import signal_handling
 from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
 from zoo.recipes import api
 from zoo.recipes.config import all_keys, recipe
+from zoo.recipes.export import export
 from zoo.recipes.run_folder import FROZEN, load_trained, refuse_another
 from zoo.recipes.runs import read_run
 from zoo.recipes.schema import RECIPES, Optim
@@ -485,6 +486,19 @@ def test_what_lightning_or_the_model_refuses_is_one_line(run, override):
 def test_mixing_needs_whole_batches(run):
     with pytest.raises(ConfigError, match="data.batch_size=64 is more than the 26 training images"):
         run("x", "data.batch_size=64")
+
+
+def test_a_checkpoint_to_start_from_is_answered_with_the_file_that_fits(run, finished, tmp_path):
+    checkpoint = finished / "checkpoints" / "best.ckpt"
+    with pytest.raises(ConfigError, match="holds all of a run") as refused:
+        run("x", f"model.checkpoint={checkpoint}")
+    assert f"give {finished / 'model.safetensors'}, or what `zoo export" in str(refused.value)
+    assert "\n" not in str(refused.value) and not (tmp_path / "x").exists()
+    exported = export(checkpoint, "safetensors", tmp_path / "best.safetensors").path
+    for file in (finished / "model.safetensors", exported):
+        run(file.stem, f"model.checkpoint={file}", "optim.epochs=1", "model.freeze=[levels.0]")
+    with pytest.raises(IntegrityError, match="does not fit"):
+        run("y", f"model.checkpoint={checkpoint.parents[1] / 'model.safetensors'}", "model.name=nat_mini")
 
 
 def test_a_secret_is_nowhere_in_the_run(run, image_folder, monkeypatch, tmp_path, capfd):
