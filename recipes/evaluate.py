@@ -11,7 +11,7 @@ import torch
 from zoo.errors import ConfigError
 from zoo.recipes.config import all_keys, build, check, override
 from zoo.recipes.data.loader import BadImages
-from zoo.recipes.run_folder import Trained, load_trained
+from zoo.recipes.run_folder import Trained, finding_data, load_trained
 from zoo.recipes.schema import Recipe, pick
 from zoo.recipes.tasks import task_of
 from zoo.recipes.tasks.base import Evaluation
@@ -46,7 +46,8 @@ def evaluate(
     if changed & INPUT:
         trained = replace(trained, settings=task.settings(made, trained.model))
     if data is None:
-        images = task.load_half(made, train=False)
+        with finding_data(made):
+            images = task.load_half(made, train=False)
     else:
         images = task.other_images(trained, made, data)
     on_bad = BadImages(made.data.max_bad) if made.data.bad_images == "skip" else None

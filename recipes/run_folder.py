@@ -16,8 +16,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -28,8 +28,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from zoo.errors import ConfigError, IntegrityError, ResourceError, did_you_mean
+from zoo.errors import ConfigError, DataError, IntegrityError, ResourceError, did_you_mean
 from zoo.recipes.config import build, check, environment_names, parse
+from zoo.recipes.data.images import at_home
 from zoo.recipes.data.transforms import InputSettings
 from zoo.recipes.files import load_checkpoint, write_atomically, write_text
 from zoo.recipes.schema import TIMM, Recipe, pick, put
@@ -135,6 +136,21 @@ def _leaf_keys(container: dict[str, Any], prefix: str = "") -> set[str]:
         deeper = isinstance(value, dict) and name != "args"
         keys |= _leaf_keys(value, f"{prefix}{name}.") if deeper else {f"{prefix}{name}"}
     return keys
+
+
+@contextmanager
+def finding_data(made: Recipe) -> Iterator[None]:
+    """Say with a DataError, where it is so, that a run's relative data.root leads nowhere from here."""
+    try:
+        yield
+    except DataError as error:
+        root = at_home(made.data.root) if made.data.root is not None else Path()
+        if not root.is_absolute() and not root.exists():
+            error.args = (
+                f"{error}; data.root={made.shown('data.root')} is relative to where the command runs: run it "
+                "where the training was started, or give data.root=FOLDER",
+            )
+        raise
 
 
 def lock(folder: Path) -> AbstractContextManager[Any]:

@@ -82,7 +82,8 @@ def _train(
     began = time.monotonic()
     folder, checkpoint = _choose_folder(made, run_dir, resume)
     task = task_of(made)
-    train_images, val_images = images if images is not None else load_halves(made, task.load_half)
+    with runs.finding_data(made) if resume else nullcontext():
+        train_images, val_images = images if images is not None else load_halves(made, task.load_half)
     classes = train_images.classes
     content = _check_resume(made, checkpoint, classes) if checkpoint is not None else None
     for note in (*train_images.notes, *val_images.notes):

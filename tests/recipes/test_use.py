@@ -62,6 +62,26 @@ def test_a_file_from_a_machine_with_other_variables_is_usable(run, image_folder,
     assert api.evaluate(folder, overrides=[f"data.root={image_folder}"]).images == 10
 
 
+def test_a_relative_folder_of_images_is_looked_for_where_the_command_runs(
+    run, image_folder, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(image_folder.parent)
+    root = f"data.root={image_folder.name}"
+    folder = run("here", "optim.epochs=1", root).folder
+    assert api.evaluate(folder).images == 10
+    monkeypatch.chdir(tmp_path)
+    words = f"no folder {image_folder.name};.*; {root} is relative to where the command runs: .*=FOLDER"
+    with pytest.raises(DataError, match=words):
+        api.evaluate(folder)
+    with pytest.raises(DataError, match=words):
+        run("here", "optim.epochs=1", root, resume=folder)
+    assert api.evaluate(folder, overrides=[f"data.root={image_folder}"]).images == 10
+    with pytest.raises(DataError, match=f"no folder {image_folder.name}; wanted.*val/$"):
+        run("new", root)
+    with pytest.raises(DataError, match="no folder /nowhere; wanted one that holds train/ and val/$"):
+        api.evaluate(folder, overrides=["data.root=/nowhere"])
+
+
 @pytest.mark.parametrize(
     "override",
     [
