@@ -36,10 +36,12 @@ class Training(pl.LightningModule):
         self.model, self.recipe, self.loader, self.objective = model, recipe, loader, objective
         freeze(model, recipe.model.freeze)
         self.still = still_modules(model)
+        # Made here too, so that what it refuses leaves no run folder behind.
+        optimizer = self._optimizer(model, recipe.optim.lr)
         self.groups = None
         if recipe.trainer.strategy.startswith("fsdp"):
             # Which parameters decay is read off their shapes, and sharding flattens them: keep the names.
-            self.groups = _named_groups(model, self._optimizer(model, recipe.optim.lr))
+            self.groups = _named_groups(model, optimizer)
         ema, warmup = recipe.optim.ema, recipe.optim.ema_warmup
         self.ema = None
         if ema is not None:
@@ -109,6 +111,11 @@ class Training(pl.LightningModule):
                 **optim.args,
             )
         except (TypeError, ValueError) as error:  # an argument that it does not know, or a value it refuses
+            if not optim.momentum and "momentum" in str(error):
+                raise ConfigError(
+                    f"optim.momentum=0.0 does not fit optim.name={optim.name}, which looks ahead by it; give "
+                    "more than 0, or optim.name=momentum for plain SGD"
+                ) from None
             given = self.recipe.shown("optim.args")
             raise ConfigError(f"optim.args={given} do not fit optim.name={optim.name}: {error}") from None
 

@@ -483,6 +483,20 @@ def test_what_lightning_or_the_model_refuses_is_one_line(run, override):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.name=sgd", "optim.momentum=0"], "optim.momentum=0.0 does not fit .* or optim.name=momentum"),
+        (["optim.args={epss: 1}"], r"optim.args={'epss': 1} do not fit optim.name=adamw: .*epss"),
+    ],
+)
+def test_what_an_optimiser_refuses_leaves_no_run_behind(run, tmp_path, overrides, words):
+    with pytest.raises(ConfigError, match=words) as refused:
+        run("x", *overrides)
+    assert "\n" not in str(refused.value) and not (tmp_path / "x").exists()
+    run("plain", "optim.name=momentum", "optim.momentum=0", "optim.epochs=1")
+
+
 def test_mixing_needs_whole_batches(run):
     with pytest.raises(ConfigError, match="data.batch_size=64 is more than the 26 training images"):
         run("x", "data.batch_size=64")
