@@ -414,8 +414,11 @@ def _from_name(name: str) -> Trained:
 
 def _from_timm_name(name: str) -> Trained:
     from timm import list_pretrained
+    from timm.models import model_entrypoint
 
-    tagged = [f"{TIMM}{each}" for each in list_pretrained()]
+    # timm lists the zoo's models too.
+    own = [each for each in list_pretrained() if model_entrypoint(each).__module__.startswith("timm.")]
+    tagged = [f"{TIMM}{each}" for each in own]
     known = dict.fromkeys([*tagged, *(each.partition(".")[0] for each in tagged)])
     if name not in known:
         near = did_you_mean(name, known)

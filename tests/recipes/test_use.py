@@ -228,6 +228,15 @@ def test_what_is_no_source_is_named(tmp_path, monkeypatch, source, words):
         load_trained(source)
 
 
+@pytest.mark.parametrize("name", ["timm/nat_base", "timm/nope", "timm/zoo_davit_tiny"])
+def test_models_of_the_zoo_are_none_of_timms_own(name):
+    with pytest.raises(ConfigError, match=f"timm has no weights of {name}; did you mean timm/") as refused:
+        load_trained(name)
+    near = str(refused.value).partition("did you mean ")[2].removesuffix("?").split(" or ")
+    for each in near:
+        assert timm.models.model_entrypoint(each.removeprefix("timm/")).__module__.startswith("timm.")
+
+
 @pytest.fixture
 def fetched(tmp_path, monkeypatch):
     """A model of timm's own whose file lies in the hub's cache, as after a first use."""
