@@ -242,6 +242,7 @@ ROWS = {
     "davit_small": _row(96, (1, 1, 9, 1)),
     "davit_base": _row(128, (1, 1, 9, 1)),
     "davit_large": _row(192, (1, 1, 9, 1)),
+    "davit_large_window12_384": _row(192, (1, 1, 9, 1), window_size=12, input_size=384),
     "davit_huge": _row(256, (1, 1, 9, 1)),
     "davit_giant": _row(384, (1, 1, 12, 3)),
     # The image towers of Florence-2 base and large: no classifier, and without weights for the last norm.

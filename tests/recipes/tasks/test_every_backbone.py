@@ -19,7 +19,7 @@ from zoo.registry import _find
 CLASSES = 11
 SIZES = [(64, 64), (64, 80)]
 DIGITS = zoo.list_models("*_digits", task="classification")  # one of each kind of attention
-LARGE = ("davit_large", "davit_huge*", "davit_giant", "dinat_large*", "dinat_s_large*")
+LARGE = ("davit_large*", "davit_huge*", "davit_giant", "dinat_large*", "dinat_s_large*")
 
 
 def marked(name: str) -> object:

@@ -20,6 +20,7 @@ PUBLISHED = {
     "davit_small": (49.746, 8.773),
     "davit_base": (87.954, 15.474),
     "davit_large": (196.812, 34.6),
+    "davit_large_window12_384": (196.812, 102.97),
     "davit_huge": (348.923, 61.2),
     "davit_giant": (1406.470, 192.9),
     "davit_base_fl": (90.370, 190.3),
@@ -93,12 +94,13 @@ def test_timms_own_model_keeps_its_name():
 def test_norms_windows_and_groups_are_the_published_ones(name):
     model = on_meta(name)
     tower, digits = name.endswith("_fl"), name == "davit_digits"
+    wide = tower or "window12" in name
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     assert {norm.eps for norm in norms} == {1e-5}
     windows = [m for m in model.modules() if isinstance(m, WindowAttention)]
     channels = [m for m in model.modules() if isinstance(m, ChannelAttention)]
     assert len(windows) == len(channels) == sum(len(stage.blocks) for stage in model.stages)
-    assert {m.window_size for m in windows} == {(4, 4) if digits else (12, 12) if tower else (7, 7)}
+    assert {m.window_size for m in windows} == {(4, 4) if digits else (12, 12) if wide else (7, 7)}
     assert {m.version for m in channels} == {2 if tower else 1}
     assert all(m.relative_position_bias_table is None and m.shift == (0, 0) for m in windows)
     if not digits:

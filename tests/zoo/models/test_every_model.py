@@ -10,7 +10,7 @@ import zoo
 SIZES = [(224, 224), (256, 320), (97, 131)]
 LARGE = {
     name
-    for pattern in ("davit_large", "davit_huge*", "davit_giant", "dinat_large*", "dinat_s_large*")
+    for pattern in ("davit_large*", "davit_huge*", "davit_giant", "dinat_large*", "dinat_s_large*")
     for name in zoo.list_models(pattern)
 }
 MODELS = [
