@@ -373,7 +373,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run, finished, tmp_path, over
         file.write("2,999,0.1,0.5,,\n")  # steps after the checkpoint, as of a run that was killed
     if "processes" in words:
         last = folder / "checkpoints/last.ckpt"
-        saved = torch.load(last, weights_only=False)
+        saved = torch.load(last, weights_only=True)
         torch.save(saved | {"position": [1, 1], "world_size": 2}, last)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=words) as refused:

@@ -196,6 +196,7 @@ def test_a_default_device_changes_nothing(op, backend):
     torch.testing.assert_close(found, gradients(expected, tensors), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # by PyTorch itself
 @every_operation
 def test_forward_mode_differentiation_finds_a_backend(op):
     case = CASES[op]
