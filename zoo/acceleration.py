@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +25,13 @@ class Acceleration:
     def __init__(self, changed: dict[str, tuple[nn.Module, str]], kept: dict[str, str]) -> None:
         self._changed = changed
         self.kept = kept
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Acceleration:
+        """What is accelerated in a model, also in a copy of one, or in one that was loaded."""
+        ways = {kind: method for kind, (method, _) in _ways().items()}
+        modules = ((name, module, ways.get(type(module))) for name, module in model.named_modules())
+        return cls({name: (module, way) for name, module, way in modules if way in module.__dict__}, {})
 
     @property
     def changed(self) -> list[str]:
@@ -51,9 +58,11 @@ class Acceleration:
 def accelerate(model: nn.Module) -> Acceleration:
     """Let the window attention of a timm model compute with `zoo.ops.window_attention`, in place.
 
-    For Swin, Swin V2, MaxViT (block and grid), Twins-SVT and GCViT, or any model that holds their blocks.
-    Outputs and gradients stay equal up to rounding, the state dict is untouched, and a copy of the model made
-    now is accelerated too. Returns a handle that says what was changed and undoes it.
+    For Swin, Swin V2, MaxViT (block and grid), Twins-SVT and GCViT, or any model that holds their blocks (not
+    Swin V2-CR and the parallel blocks of maxvit_*_pm, which are others). Outputs and gradients stay equal up
+    to rounding, but for the places that `proj_drop` hits in training; the state dict is untouched, and a copy
+    of the model made now is accelerated too (`Acceleration.of` it undoes that). Returns a handle that says
+    what was changed and undoes it.
 
     Modules that drop attention weights at random keep their own way, and so does a shifted block on a map
     that its windows do not divide, call by call: timm pads such a map after the shift.
@@ -66,7 +75,10 @@ def accelerate(model: nn.Module) -> Acceleration:
             continue
         method, _ = ways[type(module)]
         if method in module.__dict__:
-            raise ConfigError(f"{name or type(module).__name__} is accelerated already; remove that first")
+            raise ConfigError(
+                f"{name or type(module).__name__} is accelerated already; call remove() of its handle, which "
+                "zoo.acceleration.Acceleration.of(model) finds"
+            )
         dropout = getattr(module, "attn", module).attn_drop.p
         if dropout:
             kept[name] = f"attn_drop={dropout:g} drops attention weights, which the operation does not"
@@ -74,11 +86,13 @@ def accelerate(model: nn.Module) -> Acceleration:
             changed[name] = (module, method)
     if not changed:
         reason = "; ".join(f"{name}: {why}" for name, why in kept.items()) or (
-            "it holds no window attention of timm's Swin, Swin V2, MaxViT, Twins-SVT or GCViT"
+            "it holds no window attention of timm's Swin, Swin V2 (not V2-CR), MaxViT (not its parallel "
+            "blocks), Twins-SVT or GCViT"
         )
         raise ConfigError(f"nothing in {type(model).__name__} can be accelerated: {reason}")
     for module, method in changed.values():
-        setattr(module, method, MethodType(ways[type(module)][1], module))
+        # A bound method would be looked up in the class of the module when a pickled one is loaded.
+        setattr(module, method, partial(ways[type(module)][1], module))
     return Acceleration(changed, kept)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import zoo
+from zoo.acceleration import Acceleration
 
 SMALL = {
     "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)},
@@ -90,6 +92,20 @@ def test_a_copy_is_accelerated_and_goes_its_own_way():
     torch.testing.assert_close(other(x), before, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_model_that_was_pickled_is_accelerated_and_can_be_given_back(name):
+    model, x = build(name), images(name)
+    before = model(x)
+    handle = zoo.accelerate(model)
+    other = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
+    torch.testing.assert_close(other(x), before, rtol=0, atol=1e-5)
+    found = Acceleration.of(other)
+    assert found.changed == handle.changed and Acceleration.of(build(name)).changed == []
+    found.remove()
+    torch.testing.assert_close(other(x), before, rtol=0, atol=0)
+    assert Acceleration.of(other).changed == [] and Acceleration.of(model).changed == handle.changed
+
+
 def test_what_drops_attention_weights_keeps_its_own_way():
     name = "swin_tiny_patch4_window7_224"
     model = build(name)
@@ -109,7 +125,7 @@ def test_an_exception_in_the_block_undoes_it_too():
 def test_twice_and_nothing_to_do_are_refused():
     model = build("twins_svt_small")
     handle = zoo.accelerate(model)
-    with pytest.raises(zoo.ConfigError, match="is accelerated already; remove"):
+    with pytest.raises(zoo.ConfigError, match="is accelerated already; call remove"):
         zoo.accelerate(model)
     handle.remove()
     handle.remove()

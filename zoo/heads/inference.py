@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError, at_least
 from zoo.heads.layers import resize
 
 
@@ -26,9 +28,15 @@ def segment(
     `flip` those of the mirrored views with them. `window` pixels at a time are seen, `stride` pixels apart
     (None: two thirds of the window), and logits are averaged where windows overlap; None sees all at once. A
     model of one input size sees windows of that size, with zeros beyond the image, as it does in training.
+    Raises: ConfigError for a window or stride below 1, and for a stride that leaves pixels out.
     """
     only = only_size(model)
     window = only if window is None else window
+    for name, length in (("window", window), ("stride", stride)):
+        if length is not None:
+            at_least(1, **{name: length})
+    if window is not None and stride is not None and stride > window:
+        raise ConfigError(f"stride must be at most the window of {window} pixels, found {stride}")
     total: Tensor | None = None
     count = 0
     for view in views:
@@ -47,7 +55,13 @@ def segment(
 def only_size(model: nn.Module) -> int | None:
     """Return the side in pixels of the squares that a model takes, None where it takes images of any size."""
     facts = getattr(model, "pretrained_cfg", None) or {}
-    return facts["input_size"][-1] if facts.get("fixed_input_size") else None
+    if not facts.get("fixed_input_size"):
+        return None
+    # timm's configuration is that of the published weights, whatever size a model was built for.
+    embed = next((module for module in model.modules() if isinstance(module, PatchEmbed)), None)
+    if embed is None or embed.img_size is None:
+        return facts["input_size"][-1]
+    return embed.img_size[-1] if embed.strict_img_size else None
 
 
 def _padded(
