@@ -480,6 +480,9 @@ class GenerationRecipe(Recipe):
     sampling: Sampling = field(default_factory=Sampling)
 
     def refuse(self) -> None:
+        if self.model.name.startswith("video_dit"):
+            raise ConfigError(f"{self.model.name} makes videos; generation trains dit_* and mmdit_*")
+        refuse_scaling(self.data)
         refuse_disorder("sampling.interval", self.sampling.interval)
         flow = self.diffusion.objective == "rectified_flow"
         wrong = ("ddim", "ddpm") if flow else ("heun",)
@@ -568,6 +571,17 @@ class LoraRecipe(Recipe):
     def refuse(self) -> None:
         if self.data.image_size is None:
             raise ConfigError("data.image_size=PIXELS is wanted")
+        # Wan's VAE makes a latent of the first frame and one of each four after it, and drops the rest.
+        if self.model.name == "wan" and (self.data.frames - 1) % 4:
+            fits = self.data.frames - (self.data.frames - 1) % 4
+            raise ConfigError(
+                f"data.frames={self.data.frames} must be 4k + 1 for wan, such as {fits} or {fits + 4}"
+            )
+        refuse_scaling(self.data)
+        if self.model.args:
+            raise ConfigError("model.args do not reach the transformer of model.checkpoint; leave them out")
+        if self.model.drop_path_rate is not None:
+            raise ConfigError("model.drop_path_rate is for backbones; leave it out")
         if self.diffusion.objective != "rectified_flow":
             raise ConfigError(f"{self.model.name} is a rectified flow; leave diffusion.objective out")
         if self.optim.ema is not None:
@@ -596,6 +610,13 @@ def refuse_disorder(key: str, pair: list[float] | None) -> None:
     """Raise ConfigError where the first of two numbers is the larger one."""
     if pair is not None and pair[0] > pair[1]:
         raise ConfigError(f"{key}={pair} must go from the smaller number to the larger")
+
+
+def refuse_scaling(data: AnyData) -> None:
+    """Raise ConfigError where a mean or deviation is given for pixels that are always scaled to -1..1."""
+    for name in ("mean", "std"):
+        if getattr(data, name) is not None:
+            raise ConfigError(f"data.{name} has no effect, pixels are scaled to -1..1; leave it out")
 
 
 # ---- plain containers

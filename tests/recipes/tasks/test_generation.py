@@ -173,6 +173,9 @@ def test_every_choice_trains(run, overrides):
         ("sampling.guidance=[]", "is empty"),
         ("augment.mixup=0.8", "unknown key 'augment.mixup'"),
         ("optim.layer_decay=0.5", "for backbones"),
+        ("model.name=video_dit_s", "video_dit_s makes videos; generation trains dit_.* and mmdit_"),
+        ("data.mean=[0,0,0]", "data.mean has no effect, pixels are scaled to -1..1"),
+        ("data.std=[1,1,1]", "data.std has no effect"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(recipe_file, override, words):
@@ -677,7 +680,7 @@ def test_an_evaluation_sees_the_images_as_it_is_told(made):
     own = api.evaluate(made, overrides=["sampling.count=0"])
     smaller = api.evaluate(made, overrides=["sampling.count=0", "data.image_size=8"])
     assert own.loss != smaller.loss
-    with pytest.raises(ConfigError, match=r"data.mean=\[0.0, 0.0, 0.0\] has no effect on an evaluation"):
+    with pytest.raises(ConfigError, match=r"data.mean has no effect"):
         api.evaluate(made, overrides=["data.mean=[0, 0, 0]"])
 
 

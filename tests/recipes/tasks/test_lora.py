@@ -254,6 +254,27 @@ def test_what_does_not_fit_is_one_line(run, overrides, words):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "override", "words"),
+    [
+        ("wan", "data.frames=8", "data.frames=8 must be 4k . 1 for wan, such as 5 or 9"),
+        ("wan", "data.frames=4", "such as 1 or 5"),
+        ("flux", "model.args.foo=1", "model.args do not reach the transformer"),
+        ("flux", "model.drop_path_rate=0.1", "model.drop_path_rate is for backbones"),
+        ("flux", "data.std=[1,1,1]", "data.std has no effect"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_in_one_line(tmp_path, kind, override, words):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(RECIPE.replace("KIND", kind))
+    more = PKA if kind == "flux" else []
+    with pytest.raises(ConfigError, match=words) as refused:
+        api.recipe(file, [*more, override])
+    assert "\n" not in str(refused.value)
+    api.recipe(file, [*more, "data.frames=9"])
+    api.recipe(file, ["model.name=hunyuan_video", "data.frames=8"])
+
+
 @pytest.mark.slow
 def test_too_few_frames_and_a_missing_caption_are_one_line(run, captioned, tmp_path):
     with pytest.raises(DataError, match=r"has 5 of data.frames=9 frames"):
