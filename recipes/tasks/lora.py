@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,12 +51,16 @@ class Evaluation(base.Evaluation):
 
 @dataclass(frozen=True)
 class Kind:
-    """How diffusers calls a transformer and its pipeline, how it predicts and how its inputs are encoded."""
+    """How diffusers calls a transformer and its pipeline, how it predicts and how its inputs are encoded.
+
+    `patch` returns the height and width in pixels of a patch, from the settings of VAE and transformer.
+    """
 
     transformer: str
     pipeline: str
     predict: Callable[..., Tensor]
     encode: Callable[..., dict[str, Tensor]]
+    patch: Callable[[dict[str, Any], dict[str, Any]], tuple[int, int]]
 
 
 def predict_wan(model: nn.Module, x: Tensor, t: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
@@ -145,13 +150,34 @@ def encode_flux(
     return found | {f"condition{number}": encode(x) for number, x in enumerate(conditions)}
 
 
+# Settings that the files of older pipelines leave out are those of diffusers.
+def patch_wan(vae: dict[str, Any], transformer: dict[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels of a patch of Wan."""
+    times = vae.get("scale_factor_spatial", 8)
+    _, height, width = transformer.get("patch_size", (1, 2, 2))
+    return times * height, times * width
+
+
+def patch_hunyuan(vae: dict[str, Any], transformer: dict[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels of a patch of HunyuanVideo."""
+    side = vae.get("spatial_compression_ratio", 8) * transformer.get("patch_size", 2)
+    return side, side
+
+
+def patch_flux(vae: dict[str, Any], transformer: dict[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels of what Flux packs into a token."""
+    side = 2 ** len(vae.get("block_out_channels", (64,)))
+    return side, side
+
+
 KINDS = {
-    "wan": Kind("WanTransformer3DModel", "WanPipeline", predict_wan, encode_wan),
+    "wan": Kind("WanTransformer3DModel", "WanPipeline", predict_wan, encode_wan, patch_wan),
     "hunyuan_video": Kind(
-        "HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", predict_hunyuan, encode_hunyuan
+        "HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", predict_hunyuan, encode_hunyuan,
+        patch_hunyuan,
     ),
-    "flux": Kind("FluxTransformer2DModel", "FluxPipeline", predict_flux, encode_flux),
-}
+    "flux": Kind("FluxTransformer2DModel", "FluxPipeline", predict_flux, encode_flux, patch_flux),
+}  # fmt: skip
 
 
 # ---- loss
@@ -229,13 +255,15 @@ class LoraTask(base.Task):
         if recipe.model.checkpoint is None:
             raise ConfigError("model.checkpoint=FOLDER is wanted: a diffusers pipeline on this machine")
         folder = Path(recipe.model.checkpoint)
+        _refuse_other_pipeline(recipe)
+        size = _size(recipe)
         return Captioned(
             data.root,
             "train" if train else "val",
             key=f"{key_of(folder, ENCODERS)} {data.words}",
             encoder=partial(_encoder, kind, folder, data.words),
             cache=Path(data.cache) if data.cache is not None else Path(data.root) / ".latents",
-            size=(data.image_size, data.width if data.width is not None else data.image_size),
+            size=size,
             frames=data.frames,
             conditions=len(data.conditions),
         )
@@ -245,6 +273,7 @@ class LoraTask(base.Task):
         from peft import LoraConfig
 
         folder, part = Path(recipe.model.checkpoint), recipe.lora
+        _refuse_other_pipeline(recipe)
         kind = getattr(diffusers, KINDS[recipe.model.name].transformer)
         inside = {"subfolder": "transformer"} if (folder / "transformer").is_dir() else {}
         try:
@@ -353,6 +382,39 @@ class LoraTask(base.Task):
 
 def _as_it_is(tensors: dict[str, Tensor], target: int) -> tuple[dict[str, Tensor], int]:
     return tensors, target
+
+
+def _said(file: Path) -> dict[str, Any]:
+    """What a file of settings says; nothing where diffusers, too, could not read it and will say so."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _refuse_other_pipeline(recipe: LoraRecipe) -> None:
+    """Raise ConfigError where model.checkpoint is a pipeline of another transformer."""
+    folder, kind = Path(recipe.model.checkpoint), KINDS[recipe.model.name]
+    index = _said(folder / "model_index.json")
+    found = index.get("_class_name", kind.pipeline)
+    # Other pipelines of the same transformer, such as Flux Kontext, are taken.
+    if found != kind.pipeline and kind.transformer not in (index.get("transformer") or ()):
+        raise ConfigError(
+            f"model.checkpoint={folder} is a {found}; model.name={recipe.model.name} wants a {kind.pipeline}"
+        )
+
+
+def _size(recipe: LoraRecipe) -> tuple[int, int]:
+    """Height and width of the pixels. Raises ConfigError where their latents are no whole patches."""
+    data, folder = recipe.data, Path(recipe.model.checkpoint)
+    vae, transformer = (_said(folder / part / "config.json") for part in ("vae", "transformer"))
+    wanted = KINDS[recipe.model.name].patch(vae, transformer)
+    across = "width" if data.width is not None else "image_size"
+    size = data.image_size, getattr(data, across)
+    for name, side, times in zip(("image_size", across), size, wanted, strict=True):
+        if side % times:
+            raise ConfigError(f"data.{name}={side} must be a multiple of {times}: latents in patches")
+    return size
 
 
 def _encoder(kind: Kind, folder: Path, words: int) -> Encode:

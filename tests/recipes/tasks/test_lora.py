@@ -275,6 +275,32 @@ def test_what_would_be_ignored_is_refused_in_one_line(tmp_path, kind, override, 
     api.recipe(file, ["model.name=hunyuan_video", "data.frames=8"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "overrides", "words"),
+    [
+        ("wan", ["data.image_size=40"], "data.image_size=40 must be a multiple of 16: latents in patches"),
+        ("wan", ["data.width=33"], "data.width=33 must be a multiple of 16"),
+        ("hunyuan_video", ["data.width=40"], "data.width=40 must be a multiple of 16"),
+        ("flux", ["data.image_size=30"], "data.image_size=30 must be a multiple of 4: latents"),
+        ("flux", ["model.name=wan"], "is a FluxPipeline; model.name=wan wants a WanPipeline"),
+    ],
+)
+def test_pixels_and_pipelines_that_do_not_fit_are_one_line_before_anything_is_encoded(
+    request, captioned, tmp_path, monkeypatch, kind, overrides, words
+):
+    monkeypatch.setattr(lora, "_encoder", lambda *_: pytest.fail("encoded"))
+    text = RECIPE.replace("KIND", kind).replace("PIPE", str(request.getfixturevalue(kind)))
+    file = tmp_path / "tiny.yaml"
+    file.write_text(text.replace("DATA", str(captioned[kind == "flux"])))
+    made = api.recipe(file, overrides)
+    with pytest.raises(ConfigError, match=words) as refused:
+        lora.TASK.load_half(made, train=True)
+    assert "\n" not in str(refused.value)
+    if "pipeline" in words.lower():
+        with pytest.raises(ConfigError, match=words):
+            lora.TASK.build_model(made, 1)
+
+
 @pytest.mark.slow
 def test_too_few_frames_and_a_missing_caption_are_one_line(run, captioned, tmp_path):
     with pytest.raises(DataError, match=r"has 5 of data.frames=9 frames"):
