@@ -284,7 +284,7 @@ def subject(
     attention operation such as `neighborhood_attention` (`size` is the side of its map, 56 by default, heads
     are 32 wide). "sdpa" is PyTorch's attention of every token to every token. `arguments` go to the model or
     the operation. `training` adds the backward pass.
-    Raises: ConfigError for an unknown name; ResourceError for a GPU that is not there.
+    Raises: ConfigError for an unknown name or one of a generator; ResourceError for a GPU that is not there.
     """
     import timm
 
@@ -311,8 +311,11 @@ def subject(
         inputs = [torch.randn(batch, channels, side, side, **options)]
         parameters = list(model.parameters())
         call, count, tokens = model, sum(p.numel() for p in parameters), None
+    elif name in list_models(task="generation"):
+        raise ConfigError(f"{name} makes images; bench runs classifiers and operations")
     else:
-        choices = [*OPERATIONS, *models, *timm.list_models()]
+        # timm lists the zoo's classifiers too.
+        choices = dict.fromkeys([*OPERATIONS, *models, *timm.list_models()])
         raise ConfigError(f"unknown model or operation {name!r}{did_you_mean(name, choices)}")
     if compiled:
         call = torch.compile(call)

@@ -151,6 +151,10 @@ def test_the_measured_exponents_are_as_promised_and_as_written():
 def test_mistakes_say_what_is_right():
     with pytest.raises(zoo.ConfigError, match="did you mean neighborhood_attention"):
         bench.subject("neighborhod_attention")
+    with pytest.raises(zoo.ConfigError, match=r"did you mean (?!.*nat_digits or nat_digits).*nat_digits"):
+        bench.subject("nat_digit")
+    with pytest.raises(zoo.ConfigError, match="dit_digits makes images; bench runs classifiers"):
+        bench.subject("dit_digits")
     with pytest.raises(zoo.ConfigError, match="did you mean window"):
         bench.module_subject("windw", 14)
     with pytest.raises(zoo.ConfigError, match="device must be cpu or cuda"):
