@@ -250,8 +250,9 @@ def _load(source: str, random: bool, size: int | None) -> tuple[nn.Module, str, 
     from zoo.recipes.data.transforms import InputSettings
     from zoo.recipes.run_folder import load_trained
 
+    makes_images = f"{source} makes images, which zoo generate does; visualize is for classifiers"
     if source in list_models(task="generation"):
-        raise ConfigError(f"{source} makes images, which zoo generate does; visualize is for classifiers")
+        raise ConfigError(makes_images)
     ours = source in list_models(task="classification")
     if not ours and timm.is_model(source):
         model = _from_timm(source, random, size)
@@ -261,6 +262,8 @@ def _load(source: str, random: bool, size: int | None) -> tuple[nn.Module, str, 
         name, classes, settings = source, [], InputSettings.of(model)
     else:
         trained = load_trained(source)
+        if trained.recipe is not None and trained.recipe.task == "generation":
+            raise ConfigError(makes_images)
         model, name, classes, settings = trained.model, trained.name, trained.classes, trained.settings
     if size is not None:
         settings = dataclasses.replace(settings, size=(settings.size[0], size, size))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +13,7 @@ from zoo.analysis.page import page_data
 from zoo.cli import main
 from zoo.cli.visualize import Scene
 from zoo.heads import Segmenter
+from zoo.weights.manifest import entries_of
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -71,6 +74,14 @@ def test_a_segmenter_says_nothing_of_the_whole_image():
     assert [name for name, _ in scene.layers()] == ["rollout"]
     with pytest.raises(zoo.ConfigError, match="relevance is for a class of the whole image"):
         scene.draw("relevance")
+
+
+def test_a_run_that_makes_images_is_told_by_its_recipe(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(entries_of("dit_digits")[0].packaged, tmp_path / "run" / "model.safetensors")
+    status, _, err = run(capsys, str(tmp_path / "run"), "digits:3", "--output", str(tmp_path / "out"))
+    assert status == 2 and "run makes images, which zoo generate does" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
