@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -176,10 +177,7 @@ def gradient_relevance(
             logits = model(images) if last is None else model.forward_head(last)
             if logits.ndim != 2 or logits.shape[1] < 1:
                 raise ConfigError(f"relevance needs class scores [B, classes], found {tuple(logits.shape)}")
-            target = logits.argmax(1) if target is None else torch.as_tensor(target, device=logits.device)
-            classes = target.expand(len(logits))
-            if classes.min() < 0 or classes.max() >= logits.shape[1]:
-                raise ConfigError(f"target must be from 0 to {logits.shape[1] - 1}, found {target.tolist()}")
+            classes = _classes(logits, target)
             score = logits.gather(1, classes[:, None])[:, 0]
             cam = None if last is None else _grad_cam(last, score)
             blocks = _between_tokens(blocks_of(images, score).values())
@@ -246,8 +244,10 @@ def effective_receptive_field(
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"{type(model).__name__} has no forward_intermediates to take a stage's map from")
     count = len(getattr(model, "feature_info", ()) or ()) or len(getattr(model, "blocks", ()))
-    if count and not -count <= stage < count:
-        raise ConfigError(f"stage must be from {-count} to {count - 1}, found {stage}")
+    is_whole = isinstance(stage, Integral) and not isinstance(stage, bool)
+    if not is_whole or (count and not -count <= stage < count):
+        allowed = f" from {-count} to {count - 1}" if count else ""
+        raise ConfigError(f"stage must be a whole number{allowed}, found {stage!r}")
     training = model.training
     model.eval()
     try:
@@ -311,6 +311,23 @@ def _start(model: nn.Module, last: TokenAttention) -> Tensor:
     else:
         mass[:, last.prefix :] = 1 / (last.tokens - last.prefix)
     return mass
+
+
+def _classes(logits: Tensor, target: int | Tensor | None) -> Tensor:
+    """The class of each image, [B]: those that are asked for, or the ones predicted."""
+    if target is None:
+        return logits.argmax(1)
+    target = torch.as_tensor(target, device=logits.device)
+    images, classes = logits.shape
+    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if not whole or target.shape not in ((), (1,), (images,)):
+        raise ConfigError(
+            f"target must be the number of a class or one for each of the {images} images, found "
+            f"{target.tolist()}"
+        )
+    if target.min() < 0 or target.max() >= classes:
+        raise ConfigError(f"target must be from 0 to {classes - 1}, found {target.tolist()}")
+    return target.long().expand(images)
 
 
 def _last_map(model: nn.Module, images: Tensor) -> Tensor:

@@ -248,8 +248,13 @@ def test_what_cannot_be_answered_is_refused_in_one_line(digits):
         analysis.choose_block(analysis.block_attention(digits, images), "levels.0.block.0.attn")
     with pytest.raises(zoo.ConfigError, match="target must be from 0 to 9"):
         analysis.gradient_relevance(digits, images, target=10)
-    with pytest.raises(zoo.ConfigError, match="stage must be from -3 to 2"):
+    for target in (1.5, True, torch.tensor([1, 2, 3]), torch.tensor([[1], [2]])):
+        with pytest.raises(zoo.ConfigError, match="number of a class or one for each of the 2 images, found"):
+            analysis.gradient_relevance(digits, images.repeat(2, 1, 1, 1), target=target)
+    with pytest.raises(zoo.ConfigError, match="stage must be a whole number from -3 to 2, found 3"):
         analysis.effective_receptive_field(digits, images, stage=3)
+    with pytest.raises(zoo.ConfigError, match=r"from -3 to 2, found 0\.5"):
+        analysis.effective_receptive_field(digits, images, stage=0.5)
     with pytest.raises(zoo.ConfigError, match="fuse must be"):
         analysis.attention_rollout(digits, images, fuse="sum")
     with pytest.raises(zoo.ConfigError, match="query must be two fractions"):
