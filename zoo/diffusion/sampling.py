@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import ConfigError, at_least, did_you_mean
 from zoo.layers.words import WordEncoder
 
 STEPS = 1000  # of the time that models and schedulers count
@@ -28,6 +28,7 @@ SAMPLERS: dict[str, tuple[str | None, str | None]] = {
     "ddim": (None, "DDIMScheduler"),
     "ddpm": (None, "DDPMScheduler"),
 }
+NAMED = 12  # classes that an error lists
 BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
@@ -141,10 +142,20 @@ class ImagePipeline(DiffusionPipeline):
             if number < 0 and str(each).isdecimal():
                 number = int(each)
             if not 0 <= number < count:
-                near = did_you_mean(str(each), known) or f"; it has {count} classes"
-                raise ConfigError(f"unknown class {each!r}{near}")
+                # Nobody means another number by a number, however alike the two are written.
+                is_number = str(each).lstrip("-").isdecimal()
+                near = "" if is_number else did_you_mean(str(each), known)
+                raise ConfigError(f"unknown class {each!r}{near or self._allowed(list(known), count)}")
             found.append(number)
         return torch.tensor(found)
+
+    @staticmethod
+    def _allowed(names: list[str], count: int) -> str:
+        numbers = f"0 to {count - 1}"
+        if names in ([], [str(number) for number in range(count)]):
+            return f"; it has {count} classes, {numbers}"
+        more = ", ..." if len(names) > NAMED else ""
+        return f"; it has {count} classes: {', '.join(names[:NAMED])}{more}, or {numbers}"
 
     def conditions(
         self, class_labels: int | str | Sequence[int | str] | None, prompt: str | Sequence[str] | None
@@ -179,9 +190,17 @@ class ImagePipeline(DiffusionPipeline):
         """Generate an image for each class or prompt; the same generator seed gives the same images.
 
         `output_type`: "pil", "np" [B, height, width, C] in 0..1, or "latent" for the model's own space.
+        Raises ConfigError.
         """
         if output_type not in ("pil", "np", "latent"):
             raise ConfigError(f"output_type={output_type!r} must be 'pil', 'np' or 'latent'")
+        at_least(1, num_inference_steps=num_inference_steps)
+        if not 0 <= guidance_scale < float("inf"):
+            raise ConfigError(f"guidance_scale={guidance_scale} must be a number from 0 on; 1 is none")
+        if len(guidance_interval) != 2 or not guidance_interval[0] <= guidance_interval[1]:
+            raise ConfigError(
+                f"guidance_interval={guidance_interval} must go from the smaller number to the larger"
+            )
         conditions, nothing = self.conditions(class_labels, prompt)
         shape = (len(conditions[0]), *self.config.sample_shape)
         # Drawn on the CPU, so that a seed means the same images on every machine.

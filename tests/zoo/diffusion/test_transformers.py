@@ -322,6 +322,53 @@ def test_dit_generates_in_the_pipeline_of_diffusers(learn_sigma, tmp_path):
     assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
 
 
+def tiny_pipeline(**settings: object) -> diffusion.ImagePipeline:
+    pipe = diffusion.ImagePipeline(
+        tiny_dit(learn_sigma=False), FlowMatchEulerDiscreteScheduler(), sample_shape=[4, 8, 8], **settings
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1, found 0"),
+        ({"num_inference_steps": 2.5}, r"num_inference_steps must be a whole number from 1, found 2\.5"),
+        ({"guidance_scale": -1}, "guidance_scale=-1 must be a number from 0 on; 1 is none"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a number from 0 on"),
+        ({"guidance_interval": (0.8, 0.2)}, "must go from the smaller number to the larger"),
+        ({"guidance_interval": (0.5,)}, "must go from the smaller number to the larger"),
+    ],
+)
+def test_the_zoos_own_pipeline_refuses_settings_that_mean_nothing(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_pipeline()(class_labels=[1], output_type="latent", **{"num_inference_steps": 1, **settings})
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "message"),
+    [
+        ([], 12, "unknown class 12; it has 5 classes, 0 to 4"),
+        ([*"01234"], "12", "unknown class '12'; it has 5 classes, 0 to 4"),
+        ([*"01234"], "-1", "unknown class '-1'; it has 5 classes, 0 to 4"),
+        ([*"abcde"], 5, "unknown class 5; it has 5 classes: a, b, c, d, e, or 0 to 4"),
+        (["light", *"bcde"], "lihgt", r"unknown class 'lihgt'; did you mean light\?"),
+    ],
+)
+def test_an_unknown_class_is_told_which_there_are(names, asked, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        tiny_pipeline(classes=names).labels([asked])
+
+
+def test_of_many_classes_an_error_names_the_first():
+    pipe = diffusion.ImagePipeline(
+        tiny_dit(num_classes=20), FlowMatchEulerDiscreteScheduler(), classes=[f"{n} m" for n in range(20)]
+    )
+    with pytest.raises(ConfigError, match=r"20 classes: 0 m, 1 m, .*, 11 m, \.\.\., or 0 to 19$"):
+        pipe.labels("sheep")
+
+
 @pytest.mark.parametrize("attention", ["global", "radial", "neighborhood"])
 def test_captured_weights_give_the_output_of_a_video(attention):
     kwargs = {"radial": RADIAL, "neighborhood": {"kernel_size": (3, 2, 3)}, "global": None}[attention]
