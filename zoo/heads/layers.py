@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.errors import at_least
+
 
 class ConvBlock(nn.Module):
     """A convolution that keeps the size, batch norm, ReLU; named as in the published checkpoints."""
@@ -20,10 +22,14 @@ class ConvBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The end of every decoder: dropout of whole channels and a linear map to classes."""
+    """The end of every decoder: dropout of whole channels and a linear map to classes.
+
+    Raises: ConfigError for no class or channel.
+    """
 
     def __init__(self, channels: int, num_classes: int, dropout: float, **factory: object) -> None:
         super().__init__()
+        at_least(1, num_classes=num_classes, channels=channels)
         self.num_classes = num_classes
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1, **factory)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import ConfigError, at_least, did_you_mean
 from zoo.heads.semantic_fpn import SemanticFPN
 from zoo.heads.upernet import FCN, UPerNet
 
@@ -26,7 +27,7 @@ class Segmenter(nn.Module):
     UPerNet and 128 for Semantic FPN, whose pyramid is twice as wide). `auxiliary` is the number of channels
     of a second head on the last stage but one, which only training uses; 0 leaves it out.
     Any timm model with `forward_intermediates` is a backbone; what it has behind the last stage is dropped.
-    Raises: ConfigError for a wrong head or stage.
+    Raises: ConfigError for a wrong head or stage, no class, or a width below 1.
     """
 
     def __init__(
@@ -44,6 +45,9 @@ class Segmenter(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise ConfigError(f"unknown head {head!r}; one of {', '.join(HEADS)}{did_you_mean(head, HEADS)}")
+        # Before the backbone loses what is not decoded.
+        at_least(1, num_classes=num_classes, **({} if channels is None else {"channels": channels}))
+        at_least(0, auxiliary=auxiliary)
         every = [dict(each) for each in backbone.feature_info]
         parameter = next(backbone.parameters())
         factory: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
@@ -142,6 +146,8 @@ def _choose(every: Sequence[dict[str, Any]], stages: Sequence[int] | None) -> li
         if not plain:
             return list(range(count))
         return [round(count * (i + 1) / PLAIN_LEVELS) - 1 for i in range(PLAIN_LEVELS)]
+    if not isinstance(stages, Sequence) or not all(isinstance(index, Integral) for index in stages):
+        raise ConfigError(f"stages must be whole numbers such as (0, 1), found {stages!r}")
     chosen = [index + count if index < 0 else index for index in stages]
     if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
         raise ConfigError(f"stages={list(stages)} must rise within the backbone's 0..{count - 1}")

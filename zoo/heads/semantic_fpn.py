@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import at_least
 from zoo.heads.layers import ConvBlock, Decoder, resize
 
 
@@ -31,6 +32,7 @@ class SemanticFPN(Decoder):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        at_least(1, fpn_channels=fpn_channels)
         factory = {"device": device, "dtype": dtype}
         super().__init__(channels, num_classes, dropout, **factory)
         self.lateral_convs = nn.ModuleList(

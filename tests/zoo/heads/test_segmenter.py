@@ -113,11 +113,29 @@ def test_a_segmenter_compiles_and_exports(head):
         ({"head": "upernett"}, "did you mean upernet"),
         ({"stages": [0, 3]}, r"0\.\.2"),
         ({"stages": [1, 0]}, "must rise"),
+        ({"stages": 1}, r"stages must be whole numbers such as \(0, 1\), found 1"),
+        ({"stages": [0.5]}, r"stages must be whole numbers .* found \[0\.5\]"),
+        ({"num_classes": 0}, "num_classes must be a whole number from 1, found 0"),
+        ({"channels": 0}, "channels must be a whole number from 1, found 0"),
+        ({"channels": 0, "head": "semantic_fpn"}, "channels must be a whole number from 1, found 0"),
+        ({"auxiliary": -1}, "auxiliary must be a whole number from 0, found -1"),
     ],
 )
-def test_wrong_arguments_are_named(keywords, words):
+def test_wrong_arguments_are_named_and_leave_the_backbone_whole(keywords, words):
+    backbone = zoo.create_model("nat_digits")
+    keys = list(backbone.state_dict())
     with pytest.raises(ConfigError, match=words):
-        Segmenter(zoo.create_model("nat_digits", num_classes=0), 5, **keywords)
+        Segmenter(backbone, **{"num_classes": 5, **keywords})
+    assert list(backbone.state_dict()) == keys
+
+
+def test_decoders_by_themselves_refuse_no_class_and_no_width():
+    with pytest.raises(ConfigError, match="num_classes must be a whole number from 1, found 0"):
+        UPerNet([4, 8], 0)
+    with pytest.raises(ConfigError, match="channels must be a whole number from 1, found 0"):
+        UPerNet([4, 8], 3, channels=0)
+    with pytest.raises(ConfigError, match="fpn_channels must be a whole number from 1, found 0"):
+        SemanticFPN([4, 8], 3, reductions=[4, 8], fpn_channels=0)
 
 
 # ---- inference
