@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -45,8 +46,16 @@ def export(source: str | Path, format: str, output: str | Path | None = None) ->
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}; one of {', '.join(FORMATS)}")
     trained = load_trained(source)
-    if trained.recipe is not None and trained.recipe.task == "generation":
-        raise ConfigError(f"{source} generates images; it is a diffusers folder already, see zoo generate")
+    task = trained.recipe.task if trained.recipe is not None else None
+    if task == "generation":
+        raise ConfigError(
+            f"{source} generates images; use `zoo generate {source}`, or diffusers/ of a finished run"
+        )
+    if task == "lora":
+        raise ConfigError(
+            f"{source} holds adapters; pytorch_lora_weights.safetensors of a finished run is what "
+            "pipe.load_lora_weights reads"
+        )
     ending, write = FORMATS[format]
     path = Path(output) if output is not None else _beside(Path(source), trained.name, ending)
     if path.exists():
@@ -121,7 +130,8 @@ def _traced(model: nn.Module, trained: Trained, format: str) -> torch.export.Exp
 
 
 def _refusal(trained: Trained, format: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch's exporter colours its own
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = next((line for line in lines if "nsupported" in line or "onvert" in line), (lines or [""])[0])
     return f"{trained.name} cannot be written as {format} ({type(error).__name__}: {reason[:160]})"
 

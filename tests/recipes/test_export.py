@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -77,12 +79,29 @@ def test_an_export_that_differs_is_not_kept(finished, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("generation", r"x generates images; use `zoo generate x`, or diffusers/ of a finished run"),
+        ("lora", r"x holds adapters; pytorch_lora_weights.safetensors of a finished run"),
+    ],
+)
+@pytest.mark.parametrize("format", exports.FORMATS)
+def test_what_diffusers_reads_is_not_exported(tmp_path, monkeypatch, format, task, words):
+    trained = SimpleNamespace(recipe=SimpleNamespace(task=task))
+    monkeypatch.setattr(exports, "load_trained", lambda source: trained)
+    with pytest.raises(ConfigError, match=words):
+        export("x", format, tmp_path / "x")
+
+
 def test_what_an_operation_does_not_allow_is_one_line(finished, tmp_path, monkeypatch):
     def refuse(*arguments, **keywords):
-        raise RuntimeError("Unsupported: data-dependent shape\n" * 20)
+        raise RuntimeError("\x1b[31mUnsupported: data-dependent\x1b[0m shape\n" * 20)
 
     monkeypatch.setattr(torch.export, "export", refuse)
-    with pytest.raises(ConfigError, match="nat_digits cannot be written as torch-export") as refused:
+    with pytest.raises(
+        ConfigError, match="cannot be written as torch-export .*: Unsupported: data-dep"
+    ) as refused:
         export(finished, "torch-export", tmp_path / "x.pt2")
     assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
 
