@@ -16,6 +16,7 @@ from zoo.errors import ConfigError
 from zoo.recipes.run_folder import Trained, choose_device, load_trained
 
 BATCH = 64
+STEPS = 1000  # at most, as in recipes: a scheduler has no more times
 
 
 def generate(
@@ -36,8 +37,10 @@ def generate(
     zoo was saved to, or a model name with weights. Guidance, steps and sampler are by default those of its
     recipe; a seed makes the same images on every machine, up to rounding. Raises ZooError.
     """
-    if count < 1 or (steps is not None and steps < 1):
-        raise ConfigError(f"count={count} and steps={steps} must be at least 1")
+    if count < 1:
+        raise ConfigError(f"count={count} must be at least 1")
+    if steps is not None and not 1 <= steps <= STEPS:
+        raise ConfigError(f"steps={steps} must be from 1 to {STEPS}")
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise ConfigError(f"guidance={guidance} must be a number from 0 on; 1 is none")
     pipe, how = _pipeline(source, sampler)

@@ -62,10 +62,12 @@ class _Ready(nn.Module):
 
 
 def distances(real: Tensor, made: Tensor) -> dict[str, float]:
-    """Return FID and KID between two sets of features [N, C], of at least two images each.
+    """Return FID and KID between two sets of features [N, C]; nothing where one is of fewer than two images.
 
     They compare with other values of the same features only, not with published ones, which are Inception's.
     """
+    if min(len(real), len(made)) < 2:  # which have no covariance
+        return {}
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 

@@ -461,7 +461,7 @@ class Sampling:
     guidance: list[float] = number([2.0], low=0)  # each is measured; pictures have the first
     interval: list[float] = number([0.0, 1.0], low=0, high=1, length=2)  # times at which there is guidance
     shown: int = number(80, low=1, high=400)  # images in a picture
-    count: int = number(500, low=0)  # images measured for each guidance; 0: none
+    count: int = number(500, low=0)  # images measured for each guidance; 0: none; FID and KID need 2
     batch: int = number(100, low=1)
     seed: int = number(0, low=0, high=2**31 - 1)
     judge: str | None = None  # a classifier, as `zoo eval` takes it, that says which class an image shows

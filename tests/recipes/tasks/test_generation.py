@@ -431,6 +431,7 @@ def test_generate_writes_a_grid_and_single_images(made, tmp_path, capsys):
         (["--prompt", "a seven"], "told what to show by class_labels"),
         (["--sampler", "ddim"], "not for rectified_flow"),
         (["--guidance", "-1"], "guidance=-1.0 must be"),
+        (["--sampler", "unipc", "--steps", "2000"], "steps=2000 must be from 1 to 1000"),
     ],
 )
 def test_generate_says_in_one_line_what_is_wrong(made, tmp_path, capsys, arguments, words):
@@ -481,6 +482,13 @@ def test_distances_are_small_between_real_halves_and_large_to_noise(judge):
     assert near["fid"] < wide["fid"] and near["kid"] < wide["kid"]
     assert distances(real, real)["fid"] == pytest.approx(0, abs=1e-3)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_one_image_has_no_distance_and_ends_no_run(made):
+    real, one = torch.randn(5, 4), torch.randn(1, 4)
+    assert distances(real, one) == distances(one, real) == {}
+    found = api.evaluate(made, overrides=["sampling.count=1", "sampling.guidance=[1.0]"])
+    assert found.made[1.0].keys() == {"nearest"} and "fid" in found.real
 
 
 def test_a_copy_is_found():
