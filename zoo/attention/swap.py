@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -132,9 +133,9 @@ def swap_attention(
                 f"found {len(value)}"
             )
         values = value if isinstance(value, list) else [value]
-        values = [
-            fitted(name, one, allowed[name], f" in attention_kwargs of {attention!r}") for one in values
-        ]
+        if allowed[name] is not None:
+            inside = f" in attention_kwargs of {attention!r}"
+            values = [fitted(name, one, allowed[name], inside) for one in values]
         if name == "proj_drop":
             for rate in values:
                 below_one(proj_drop=rate)
@@ -145,10 +146,12 @@ def swap_attention(
         known = _arguments(kind)
         old = owner.get_submodule(name)
         parameter = next(old.parameters())
+        keeps = "proj_drop" in known and hasattr(old, "proj_drop")
+        kept = {"proj_drop": old.proj_drop.p} if keeps else {}
         new = kind(
             place.dim,
             place.num_heads,
-            **{"proj_drop": old.proj_drop.p} | defaults | {k: v for k, v in own.items() if k in known},
+            **kept | defaults | {k: v for k, v in own.items() if k in known},
             device=parameter.device,
             dtype=parameter.dtype,
         )
@@ -178,7 +181,9 @@ def _places(model: nn.Module, attention: str) -> Iterator[tuple[Place, nn.Module
 
 
 def _arguments(kind: type[nn.Module]) -> dict[str, Any]:
-    """What a mechanism's module takes beside its place, and of which type."""
+    """What a mechanism's module takes beside its place, and of which type (None where it does not say)."""
     # A map has no class token.
-    place = {"dim", "num_heads", "class_token", "device", "dtype", "return"}
-    return {name: hint for name, hint in get_type_hints(kind.__init__).items() if name not in place}
+    place = {"self", "dim", "num_heads", "class_token", "device", "dtype"}
+    hints = get_type_hints(kind.__init__)
+    names = inspect.signature(kind.__init__).parameters.keys() - place
+    return {name: hints.get(name) for name in names}

@@ -164,6 +164,26 @@ def test_what_the_body_was_asked_for_is_asked_of_the_attention(attention):
     assert not any("qkv" in name and name.endswith("bias") for name, _ in model.named_parameters())
 
 
+def test_a_mechanism_of_ones_own_need_not_say_its_types_nor_drop(monkeypatch):
+    class Mean(nn.Module):
+        def __init__(self, dim, num_heads, *, power=1, device=None, dtype=None):
+            super().__init__()
+            self.power, self.proj = power, nn.Linear(dim, dim, device=device, dtype=dtype)
+
+        def forward(self, x):
+            return self.proj(x.mean((1, 2), keepdim=True) ** self.power).expand_as(x)
+
+        def attention_weights(self, x):
+            raise NotImplementedError
+
+    monkeypatch.setitem(MECHANISMS, "mean", ((Mean,), lambda place, given: (Mean, {})))
+    model = build("nat_digits", attention="mean", attention_kwargs={"power": [1, 2, 3]}, proj_drop_rate=0.1)
+    assert [m.power for m in model.modules() if isinstance(m, Mean)] == [1, 2, 2, 3]
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+    with pytest.raises(zoo.ConfigError, match="unknown argument 'pover' .* did you mean power"):
+        build("nat_digits", attention="mean", attention_kwargs={"pover": 1})
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
