@@ -77,10 +77,9 @@ def _evaluation_recipe(trained: Trained, overrides: Sequence[str]) -> tuple[Reci
 
 def _refuse_idle(trained: Trained, made: Recipe, changed: set[str], data: str | Path | None) -> None:
     """Raise ConfigError for an override that would change nothing, as if it had been measured."""
-    idle = {"data.balance"} | ({"data.mean", "data.std"} if made.task in ("generation", "lora") else set())
     for key in sorted(changed):
         given = f"{key}={made.shown(key)}"
-        if key in idle:
+        if key == "data.balance":
             raise ConfigError(f"{given} has no effect on an evaluation of {trained.source}; leave it out")
         if not key.startswith(READ):
             groups = [

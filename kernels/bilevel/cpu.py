@@ -40,7 +40,10 @@ def bilevel_routing_attention(
     *,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the output [B, Y, X, Hq, Dv] and, where asked for, the natural-log LSE [B, Y, X, Hq]."""
+    """Return the output [B, Y, X, Hq, Dv] and, where asked for, the natural-log LSE [B, Y, X, Hq].
+
+    Both are in at least float32, as is everything on the way.
+    """
     width, shared = v.shape[-1], q.shape[3] // k.shape[3]
     q, k, v, route_weights = widened(q, k, v, route_weights)
     wide = max(width, q.shape[-1])  # the fused call wants keys and values of one width
@@ -151,10 +154,8 @@ def _all_at_once(
     q, k, v = (_heads_first(x) for x in (q, k, v))
     if not return_lse:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), None
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))
-    out = (logits.softmax(dim=-1) @ v.to(dtype)).to(q.dtype)
-    return out.transpose(1, 2), logits.logsumexp(dim=-1).transpose(1, 2)
+    logits = scale * (q @ k.transpose(-1, -2))
+    return (logits.softmax(dim=-1) @ v).transpose(1, 2), logits.logsumexp(dim=-1).transpose(1, 2)
 
 
 class _Regions(torch.autograd.Function):
@@ -162,8 +163,7 @@ class _Regions(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, routes, regions, scale):  # noqa: ANN001, ANN205
-        out = q.new_empty(q.shape)
-        lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1])
         queries, *results = (_bands(x, regions) for x in (q, out, lse))
         for part, _, *keys in _parts(k, v, routes, regions):
             some = (queries[part].flatten(0, 1), *keys)
@@ -179,19 +179,17 @@ class _Regions(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):  # noqa: ANN001, ANN205
         q, k, v, routes, out, lse = ctx.saved_tensors
-        given, width, regions = q.dtype, q.shape[-1], ctx.regions
+        width, regions = q.shape[-1], ctx.regions
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         if grad_lse is not None:
             # The kernel subtracts the row sums of grad_out * out from the logits' gradient; grad_lse must be
-            # added to it. One more channel does: nothing in q, k and v, 1 in grad_out, -grad_lse in out. Its
-            # numbers may be too large for half precision.
-            q, k, v, grad_out, out = (x.to(lse.dtype) for x in (q, k, v, grad_out, out))
+            # added to it. One more channel does: nothing in q, k and v, 1 in grad_out, -grad_lse in out.
             q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
             grad_out = F.pad(grad_out, (0, 1), value=1.0)
             out = torch.cat([out, -grad_lse[..., None]], dim=-1)
         grad_q = q.new_empty(q.shape)
         # Sums over all regions that chose a region.
-        grad_k, grad_v = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (k, v))
+        grad_k, grad_v = (x.new_zeros(x.shape) for x in (k, v))
         sides = [_bands(x, regions) for x in (grad_out, q, out, lse[..., None], grad_q)]
         for part, strips, *keys in _parts(k, v, routes, regions):
             *queries, whole = (x[part] for x in sides)
@@ -202,8 +200,8 @@ class _Regions(torch.autograd.Function):
             for whole, grad in zip((grad_k, grad_v), grads[1:], strict=True):
                 whole = _strips(whole, regions)
                 grad = grad.transpose(1, 2).reshape(-1, *whole.shape[1:])
-                whole.index_add_(0, strips, grad.to(whole.dtype))
-        return *(x[..., :width].to(given) for x in (grad_q, grad_k, grad_v)), None, None, None
+                whole.index_add_(0, strips, grad)
+        return *(x[..., :width] for x in (grad_q, grad_k, grad_v)), None, None, None
 
 
 def _bands(x: Tensor, regions: tuple[int, int]) -> Tensor:

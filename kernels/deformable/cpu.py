@@ -71,13 +71,12 @@ def _attend(
     if not return_lse and (bias is None or not (bias.requires_grad or mapped)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
     # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)
+    logits = (q * scale) @ k.transpose(-2, -1)
     logits = logits if bias is None else logits + bias
     if not may_hide:
-        return logits.softmax(dim=-1) @ v.to(dtype), logits.logsumexp(dim=-1) if return_lse else None
+        return logits.softmax(dim=-1) @ v, logits.logsumexp(dim=-1) if return_lse else None
     weights, lse = softmax(logits)
-    return weights @ v.to(dtype), lse if return_lse else None
+    return weights @ v, lse if return_lse else None
 
 
 def _relative_bias(table: Tensor, queries: Tensor, positions: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ import warnings
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from zoo.kernels.neighborhood.geometry import Axis
-from zoo.kernels.peers import attend
+from zoo.kernels.peers import attend, not_loaded
 
 NATTEN = (0, 20)  # the first with these arguments
 
@@ -50,16 +49,10 @@ def _block_mask(axes: tuple[Axis, ...], device: torch.device) -> BlockMask:
 @cache
 def natten_missing() -> str | None:
     """Say why NATTEN cannot run on this machine, None where it can."""
-    if find_spec("natten") is None:
-        return "natten is not installed"
-    try:
-        import_module("natten")
-    except Exception as error:  # built for another PyTorch or CUDA
-        return f"natten does not load: {type(error).__name__}: {error}"
-    found = version("natten")
-    if tuple(int(number) for number in found.split(".")[:2]) < NATTEN:
-        return f"natten {'.'.join(map(str, NATTEN))} or newer is needed, found {found}"
-    return None
+    missing = not_loaded("natten", "natten")
+    if missing is None and tuple(map(int, version("natten").split(".")[:2])) < NATTEN:
+        return f"natten {'.'.join(map(str, NATTEN))} or newer is needed, found {version('natten')}"
+    return missing
 
 
 def natten_why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -33,14 +33,19 @@ def flex_why_not(leaves: Sequence[Tensor], width: int) -> str | None:
 @cache
 def xformers_missing() -> str | None:
     """Say why xformers cannot run on this machine, None where it can."""
-    if find_spec("xformers") is None:
-        return "xformers is not installed"
-    if not torch.cuda.is_available():
+    if find_spec("xformers") is not None and not torch.cuda.is_available():
         return "no GPU that PyTorch can use"
+    return not_loaded("xformers", "xformers.ops")
+
+
+def not_loaded(package: str, module: str) -> str | None:
+    """Say why a module of an optional package cannot be imported, None where it can."""
+    if find_spec(package) is None:
+        return f"{package} is not installed"
     try:
-        import_module("xformers.ops")
+        import_module(module)
     except Exception as error:  # built for another PyTorch or CUDA
-        return f"xformers does not load: {type(error).__name__}: {error}"
+        return f"{package} does not load: {type(error).__name__}: {error}"
     return None
 
 

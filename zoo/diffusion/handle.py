@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from zoo.diffusion.adapters import Adapter
-from zoo.diffusion.processor import Config, Group, Processor, State, running_backward, stock_of
+from zoo.diffusion.processor import (
+    Config,
+    Group,
+    Processor,
+    State,
+    relative_error,
+    running_backward,
+    stock_of,
+)
 from zoo.diffusion.sites import Site, entries_of, find_sites, refuse_context_parallel
 from zoo.diffusion.steps import Steps
 from zoo.errors import ConfigError
@@ -172,15 +180,13 @@ class Handle:
                     self._forced, state.errors = True, {} if name == "dense" else None
                     result = entry(*args, **kwargs)
                     result = result[0] if isinstance(result, tuple) else result.sample
-                    outputs[name] = result.float()
+                    outputs[name] = result
                     if name == "dense":
                         layers = state.errors
         finally:
             self._forced = state.errors = None
-        dense = outputs["dense"]
-        error = (outputs["sparse"] - dense).norm() / dense.norm().clamp_min(1e-30)
         keep, whole = self._pairs(known[0], 1) if state.sparse else (1, 1)
-        return Comparison(float(error), layers, keep / whole)
+        return Comparison(relative_error(outputs["sparse"], outputs["dense"]), layers, keep / whole)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model must not take the pipeline along."""

@@ -210,16 +210,18 @@ class Processor:
         elif mask is None or self.adapter.text_mask is not None:
             out = self.by_group(self.attend, query, key, value, layout)
             if self.state.errors is not None:
-                dense = self.dense_as_model(query, key, value, mask, layout)
-                error = (out.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30)
-                self.state.errors[self.name] = float(error)
-                out = dense
+                out = self.compared(out, self.dense_as_model(query, key, value, mask, layout))
         else:
             raise ConfigError(
                 f"attention_mask must be None for {type(self).__name__}, found one of shape "
                 f"{tuple(mask.shape)}; leave it out or remove the handle"
             )
         return self.adapter.output(attn, out.flatten(2, 3).to(query.dtype), encoder_hidden_states)
+
+    def compared(self, out: Tensor, dense: Tensor) -> Tensor:
+        """Write down how far a sparse result is from the dense one, and go on with that."""
+        self.state.errors[self.name] = relative_error(out, dense)
+        return dense
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         """Register what this layer needs beside its processor; the handle removes it."""
@@ -292,6 +294,12 @@ class Processor:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Any) -> Tensor:
         """Attend sparsely over the joint sequence; keys may hold fewer text tokens; all [B, N, H, D]."""
         raise NotImplementedError
+
+
+def relative_error(out: Tensor, dense: Tensor) -> float:
+    """|out - dense| / |dense|, 0 where they are equal."""
+    out, dense = out.float(), dense.float()
+    return float((out - dense).norm() / dense.norm().clamp_min(1e-30))
 
 
 def stock_of(processor: Any) -> Any:

@@ -174,7 +174,7 @@ def test_a_mechanism_of_ones_own_need_not_say_its_types_nor_drop(monkeypatch):
             return self.proj(x.mean((1, 2), keepdim=True) ** self.power).expand_as(x)
 
         def attention_weights(self, x):
-            raise NotImplementedError
+            """What tells an attention module from others."""
 
     monkeypatch.setitem(MECHANISMS, "mean", ((Mean,), lambda place, given: (Mean, {})))
     model = build("nat_digits", attention="mean", attention_kwargs={"power": [1, 2, 3]}, proj_drop_rate=0.1)
