@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -132,8 +133,8 @@ def widened(*tensors: Tensor | None) -> list[Tensor | None]:
 def all_finite(x: Tensor) -> bool:
     """Whether `x` holds no NaN or infinity; where a tracer hides the values, they count as finite."""
     # A sum is one cheap pass. It may overflow by itself; then the careful way is taken for nothing.
-    total = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) if shows_values(x) else None
-    return total is None or bool(total.isfinite())
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return not shows_values(x) or isfinite(x.detach().sum(dtype=dtype).item())
 
 
 def per_image(name: str, x: Tensor, of: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from zoo.kernels.checks import all_finite, is_traced, widened
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
 COPIED_TOKEN = 32  # cost of copying one key and its value, in query-key products
 DENSE_PRODUCTS = 1 << 16  # where a mask of this many entries for each image still costs nothing
-BYTES_AT_ONCE = 1 << 21  # of chosen keys, and as many of values: what a core's cache holds
+BYTES_AT_ONCE = 1 << 19  # of chosen keys; with values, queries and results they stay in a core's own cache
 
 # SDPA's own kernel, named because it gives the LSE and takes its backward pass apart from autograd.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -105,8 +105,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, 
     # How often a region was chosen, as a bias: log 0 hides it, and one chosen twice counts twice.
     chosen = q.new_zeros(routes.shape[0], parts, parts)
     bias = chosen.scatter_add(2, routes, chosen.new_ones(()).expand(routes.shape)).log()
-    bias = bias.index_select(1, region_of(regions, grid, q.device))
-    bias = bias.index_select(2, region_of(regions, k.shape[1:3], q.device))
+    own = region_of(regions, grid, q.device)
+    keys = own if k.shape[1:3] == grid else region_of(regions, k.shape[1:3], q.device)
+    bias = bias.index_select(1, own).index_select(2, keys)
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None], scale=scale)
     return out.transpose(1, 2).unflatten(1, grid)

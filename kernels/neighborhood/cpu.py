@@ -100,6 +100,7 @@ class Plan(NamedTuple):
     place: Tensor  # [N] where each token stands in `queries`; likewise
     pattern: Tensor  # [M]
     seen: Tensor  # [P, t, h]
+    mask: Tensor  # [P, t, h] 0 where seen, else -inf, float32
     relative: Tensor  # [P, t, h] flat index into the bias table
 
 
@@ -122,7 +123,8 @@ def _plan(axes: tuple[Axis, ...]) -> Plan:
     place = np.empty_like(in_order)
     place[queries] = np.arange(queries.size)
     queries, keys, place = (x[:0] if np.array_equal(x, in_order) else x for x in (queries, keys, place))
-    return Plan(pattern.size, queries, keys, place, pattern, seen, relative)
+    mask = np.where(seen, 0.0, -np.inf).astype(np.float32)
+    return Plan(pattern.size, queries, keys, place, pattern, seen, mask, relative)
 
 
 # A tracer keeps the plan as constants of its graph.
@@ -228,12 +230,11 @@ def _attention(
 def _bias(plan: Plan, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What is added to the logits, mask and relative positional bias: [M, H or 1, t, h]."""
     if rpb is None:
-        bias = torch.zeros(1, dtype=dtype, device=plan.seen.device)
+        bias = plan.mask[:, None].to(dtype)
     else:
         bias = rpb.flatten(1).to(dtype).index_select(1, plan.relative.flatten())
-        bias = bias.unflatten(1, plan.seen.size())
-    bias = torch.where(plan.seen, bias, float("-inf")).reshape(-1, *plan.seen.size())  # [H or 1, P, t, h]
-    bias = bias.transpose(0, 1)
+        bias = bias.unflatten(1, plan.seen.size())  # [H, P, t, h]
+        bias = torch.where(plan.seen, bias, float("-inf")).transpose(0, 1)
     return bias if plan.tiles == 1 else bias.index_select(0, plan.pattern)
 
 

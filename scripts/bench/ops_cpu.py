@@ -6,9 +6,11 @@
     python scripts/bench/ops_cpu.py --json FILE      the figures, with versions and date
 
 Each side has processes of its own, in turns: as in a program that uses only one of them, what it finds in the
-caches and which memory it gets back is its own doing. One thread, CPU time, and the fastest call counts: that
-holds on a busy machine too. Only ratios mean something. Memory is what one forward pass adds to the peak of a
-fresh process (Linux only).
+caches and which memory it gets back is its own doing. One thread, CPU time, and the median of all calls, on a
+machine that does nothing else: whether a copy finds memory at hand or waits for pages differs from process
+to process, so the fastest call is not the usual one. "In the model" is the time inside the operation, all its
+calls of a forward pass together, while the model runs around it and uses caches and memory. Only ratios mean
+something. Memory is what one forward pass adds to the peak of a fresh process (Linux only).
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import median
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -39,7 +44,7 @@ from zoo import ops
 torch.set_num_threads(1)
 
 WIDTH = 32  # channels per head
-ROUNDS = 2  # processes of either side
+ROUNDS = 3  # processes of either side
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,32 @@ ROUTED_CASES = [
 REGIONS = 7
 MEMORY_GRID, MEMORY_GOAL = (112, 112), 4.0
 ROUTED_MEMORY, ROUTED_MEMORY_GOAL = RoutedCase("", 112, 2, 16, batch=1), 4.0
-MODEL, MODEL_GOAL = "nat_mini", 2.5
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model on 8 images of 224 x 224: all of it, or its attention on maps of one size alone."""
+
+    name: str
+    model: str
+    op: str
+    grid: tuple[int, int] | None = None
+    forward_goal: float | None = None
+    training_goal: float | None = None
+
+
+MODEL_CASES = [
+    ModelCase("nat_mini, 8 images", "nat_mini", "neighborhood_attention", forward_goal=2.5),
+    ModelCase("biformer_tiny, 8 images", "biformer_tiny", "bilevel_routing_attention"),
+    ModelCase(
+        "routed 56x56, 1 region, batch 8, in the model",
+        "biformer_tiny",
+        "bilevel_routing_attention",
+        grid=(56, 56),
+        forward_goal=2.4,
+    ),
+]
+ALL_CASES = {case.name: case for case in (*CASES, *ROUTED_CASES, *MODEL_CASES)}
 
 
 # The implementation to beat ---------------------------------------------------------------------------------
@@ -138,10 +168,11 @@ def gather(
     return out.transpose(1, 2).unflatten(1, grid)
 
 
-SIDES = {"gather": gather, "cpu": ops.neighborhood_attention}
-
-
-ROUTED_SIDES = {"gather": gather_regions, "cpu": ops.bilevel_routing_attention}
+SIDES = ("gather", "cpu")
+OPERATIONS = {
+    "neighborhood_attention": {"gather": gather, "cpu": ops.neighborhood_attention},
+    "bilevel_routing_attention": {"gather": gather_regions, "cpu": ops.bilevel_routing_attention},
+}
 
 
 def routed_inputs(case: RoutedCase) -> list[Tensor]:
@@ -155,85 +186,111 @@ def routed_inputs(case: RoutedCase) -> list[Tensor]:
 # Time -------------------------------------------------------------------------------------------------------
 
 
-def calls(case: Case | RoutedCase | str, side: str) -> dict[str, Callable[[], Tensor]]:
-    """What is timed of one side: `forward` and `training`, both return the output."""
+class Clock:
+    """CPU time of this process, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.spent = 0.0
+
+    def __enter__(self) -> None:
+        self.start = time.process_time()
+
+    def __exit__(self, *error: object) -> None:
+        self.spent += 1e3 * (time.process_time() - self.start)
+
+
+def calls(case: Case | RoutedCase | ModelCase, side: str, clock: Clock) -> dict[str, Callable[[], Tensor]]:
+    """What is timed of one side, by `clock`: `forward` and `training`, both return the output."""
     torch.manual_seed(0)
-    if isinstance(case, str):
-        return _model_calls(case, SIDES[side])
+    if isinstance(case, ModelCase):
+        return _model_calls(case, side, clock)
     if isinstance(case, RoutedCase):
         *leaves, routes = routed_inputs(case)
-        function = partial(ROUTED_SIDES[side], *leaves, routes, REGIONS)
+        function = partial(OPERATIONS["bilevel_routing_attention"][side], *leaves, routes, REGIONS)
     else:
         shape = (case.batch, *case.grid, case.heads, WIDTH)
         leaves = [torch.randn(shape, requires_grad=True) for _ in range(3)]
-        function = partial(SIDES[side], *leaves, case.kernel_size, dilation=case.dilation)
+        function = partial(OPERATIONS["neighborhood_attention"][side], *leaves, case.kernel_size)
+        function = partial(function, dilation=case.dilation)
         if case.rpb:
             sides = (2 * case.kernel_size - 1,) * len(case.grid)
             leaves.append(torch.randn(case.heads, *sides, requires_grad=True))
             function = partial(function, rpb=leaves[-1])
     grad = torch.randn_like(leaves[0])
 
+    def forward() -> Tensor:
+        with clock, torch.no_grad():
+            return function()
+
     def training() -> Tensor:
-        out = function()
-        torch.autograd.grad(out, leaves, grad)
+        with clock:
+            out = function()
+            torch.autograd.grad(out, leaves, grad)
         return out
 
-    return {"forward": torch.no_grad()(function), "training": training}
+    return {"forward": forward, "training": training}
 
 
-def _model_calls(name: str, attention: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """The whole model on 8 images of 224 x 224 with this attention inside, which stays there."""
-    model = zoo.create_model(name).eval()
+def _model_calls(case: ModelCase, side: str, clock: Clock) -> dict[str, Callable[[], Tensor]]:
+    """The model with this side inside, which stays there."""
+    model = zoo.create_model(case.model).eval()
     images = torch.randn(8, 3, 224, 224)
-    ops.neighborhood_attention = attention
+    attention = OPERATIONS[case.op][side]
+
+    def attend(q: Tensor, *others: object, **options: object) -> Tensor:
+        with clock if tuple(q.shape[1:3]) == case.grid else nullcontext():
+            return attention(q, *others, **options)
+
+    setattr(ops, case.op, attend)
+    whole = clock if case.grid is None else nullcontext()
+
+    def forward() -> Tensor:
+        with whole, torch.no_grad():
+            return model(images)
 
     def training() -> Tensor:
         model.zero_grad()
-        out = model(images)
-        out.square().mean().backward()
+        with whole:
+            out = model(images)
+            out.square().mean().backward()
         return out
 
-    return {"forward": torch.no_grad()(partial(model, images)), "training": training}
+    return {"forward": forward} if case.grid else {"forward": forward, "training": training}
 
 
-def least_times(name: str, side: str, seconds: float) -> dict[str, float]:
-    """Least CPU time of both calls in milliseconds, each for so long, three times at least."""
-    best = {}
-    for what, call in calls(_cases()[name], side).items():
+def times(name: str, side: str, seconds: float) -> dict[str, list[float]]:
+    """CPU time of every call in milliseconds, each kind for so long, three times at least."""
+    taken, clock = {}, Clock()
+    for what, call in calls(ALL_CASES[name], side, clock).items():
         call()
-        best[what], turns, end = float("inf"), 0, time.perf_counter() + seconds
-        while turns < 3 or (time.perf_counter() < end and turns < 100):
-            start = time.process_time()
+        taken[what], end = [], time.perf_counter() + seconds
+        while len(taken[what]) < 3 or (time.perf_counter() < end and len(taken[what]) < 100):
+            clock.spent = 0.0
             call()
-            best[what] = min(best[what], 1e3 * (time.process_time() - start))
-            turns += 1
-    return best
+            taken[what].append(clock.spent)
+    return taken
 
 
 def measure_times(name: str, seconds: float) -> dict[str, float]:
     """Milliseconds of both sides in processes of their own, `cpu forward` and so on."""
-    figures = {}
-    for side in list(SIDES) * ROUNDS:
-        for what, took in _ask("--time", name, side, str(seconds / len(SIDES) / ROUNDS / 2)).items():
-            figures[f"{side} {what}"] = min(took, figures.get(f"{side} {what}", took))
+    taken = defaultdict(list)
+    for side in SIDES * ROUNDS:
+        for what, some in _ask("--time", name, side, str(seconds / len(SIDES) / ROUNDS / 2)).items():
+            taken[f"{side} {what}"] += some
     outs = _ask("--compare", name)
     if outs["error"] is not None:
         raise AssertionError(f"{name}: {outs['error']}")
-    return figures
+    return {what: median(all_calls) for what, all_calls in taken.items()}
 
 
 def compare(name: str) -> str | None:
     """How the outputs of both sides differ, None where they agree."""
-    outs = [calls(_cases()[name], side)["forward"]() for side in SIDES]
+    outs = [calls(ALL_CASES[name], side, Clock())["forward"]() for side in SIDES]
     try:
         torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
     except AssertionError as error:
         return str(error)
     return None
-
-
-def _cases() -> dict[str, Case | RoutedCase | str]:
-    return {case.name: case for case in (*CASES, *ROUTED_CASES)} | {f"{MODEL}, 8 images of 224x224": MODEL}
 
 
 def _ask(*question: str) -> dict:
@@ -250,24 +307,26 @@ def _ask(*question: str) -> dict:
 def peak_of_forward(side: str) -> int:
     """Bytes that one forward pass adds to the peak of this process; call it in a fresh one."""
     small, large = ([torch.randn(1, *grid, 2, WIDTH) for _ in range(3)] for grid in ((28, 28), MEMORY_GRID))
+    attention = OPERATIONS["neighborhood_attention"][side]
     with torch.no_grad():
-        SIDES[side](*small, 7)  # loads what is loaded once
+        attention(*small, 7)  # loads what is loaded once
         _indices(MEMORY_GRID, 7, 1)  # either side's tables count as known
         ops.explain("neighborhood_attention", *large, 7)
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        SIDES[side](*large, 7)
+        attention(*large, 7)
         return _memory("VmHWM") - before
 
 
 def peak_of_routed_training(side: str) -> int:
     """Bytes that forward and backward of attention to regions add to the peak of this process."""
+    attention = OPERATIONS["bilevel_routing_attention"][side]
     for case in (replace(ROUTED_MEMORY, side=28), ROUTED_MEMORY):
         *leaves, routes = routed_inputs(case)
         grad = torch.ones_like(leaves[0])
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        torch.autograd.grad(ROUTED_SIDES[side](*leaves, routes, REGIONS), leaves, grad)
+        torch.autograd.grad(attention(*leaves, routes, REGIONS), leaves, grad)
     return _memory("VmHWM") - before
 
 
@@ -306,12 +365,12 @@ def _row(name: str, what: str, figures: dict[str, float], unit: str, goal: float
 def measure(only: str | None, seconds: float) -> list[dict]:
     """All rows of the report; `only` keeps the cases whose name contains it."""
     rows = []
-    for name, case in _cases().items():
+    for name, case in ALL_CASES.items():
         if only is None or only in name:
             figures = measure_times(name, seconds)
-            goals = (MODEL_GOAL, None) if case == MODEL else (case.forward_goal, case.training_goal)
-            for what, goal in zip(("forward", "training"), goals, strict=True):
-                rows.append(_row(name, what, figures, "ms", goal))
+            for what, goal in (("forward", case.forward_goal), ("training", case.training_goal)):
+                if f"cpu {what}" in figures:
+                    rows.append(_row(name, what, figures, "ms", goal))
     side, topk = ROUTED_MEMORY.side, ROUTED_MEMORY.topk
     memory = {
         "neighborhood": (f"memory at {'x'.join(map(str, MEMORY_GRID))}", MEMORY_GOAL),
@@ -343,7 +402,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.time:
         name, side, seconds = options.time
-        print(json.dumps(least_times(name, side, float(seconds))))
+        print(json.dumps(times(name, side, float(seconds))))
         return 0
     if options.compare:
         print(json.dumps({"error": compare(options.compare)}))
@@ -359,7 +418,7 @@ def main() -> int:
         "processor": _processor(),
         "torch": torch.__version__,
         "threads": 1,
-        "cases": [asdict(case) for case in (*CASES, *ROUTED_CASES)],
+        "cases": [asdict(case) for case in ALL_CASES.values()],
     }
     title = f"gather and cpu, one thread of {about['processor']}, torch {about['torch']}, {about['date']}"
     table = Table("case", "what", "gather", "cpu", "unit", "times less", "goal", title=title)

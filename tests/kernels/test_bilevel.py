@@ -483,11 +483,11 @@ def test_means_and_routes_refuse_what_is_no_map_of_one_kind():
 def test_it_explains_itself():
     q, k, v, routes, regions = inputs((56, 56), (7, 7), 4, dtype=torch.float32)
     told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)
-    assert (told.backend, told.configuration) == ("cpu", "98 regions at once with 256 keys each")
+    assert (told.backend, told.configuration) == ("cpu", "63 regions at once with 256 keys each")
     # What is copied of keys that heads share is as wide as all heads.
     q, k, v, routes, regions = inputs((56, 56), (7, 7), 4, heads=8, kv_heads=1, dim=32, dtype=torch.float32)
     told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)
-    assert told.configuration == "7 regions at once with 256 keys each"
+    assert told.configuration == "2 regions at once with 256 keys each"
     q, k, v, routes, regions = inputs((14, 14), (7, 7), 16, dtype=torch.float32)
     told = ops.explain("bilevel_routing_attention", q, k, v, routes, regions)
     assert told.configuration == "one dense attention with a mask"
