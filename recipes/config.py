@@ -110,7 +110,7 @@ def _read(file: Path) -> dict[str, Any]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    return parse(text, str(file))
+    return _at_home(parse(text, str(file)))
 
 
 def parse(text: str, source: str) -> dict[str, Any]:
@@ -178,10 +178,18 @@ def override(raw: dict[str, Any], text: str) -> None:
     # YAML takes 2024_01_05 for a number, "on" for true and "My: photos" for a mistake: a text is one.
     typed = value.strip()
     if _is_text(raw, key) and not _is_quoted(typed) and typed not in ("", "~", "null", "Null", "NULL"):
-        # No shell expands this behind a key.
-        put(raw, key, os.path.expanduser(typed) if typed.startswith("~/") else typed)  # noqa: PTH111
+        put(raw, key, _at_home(typed))
     else:
         put(raw, key, parse(f"value: {value}", f"override {text!r}").get("value"))
+
+
+def _at_home(value: Any) -> Any:
+    """Expand ~/ in texts, however deep: no shell does it behind a key or in a file."""
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value  # noqa: PTH111
 
 
 def _is_utf8(text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -98,6 +98,8 @@ class Training(pl.LightningModule):
 
     def _optimizer(self, trained: nn.Module | list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         optim = self.recipe.optim
+        if optim.betas is not None and not get_optimizer_info(optim.name).has_betas:
+            raise ConfigError(f"optim.betas: optim.name={optim.name} reads none; leave them out")
         betas = {"betas": tuple(optim.betas)} if optim.betas is not None else {}
         try:
             return create_optimizer_v2(

@@ -16,7 +16,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DataError
 from zoo.recipes.data.loader import Images
 from zoo.recipes.data.shards import ImageShards
 from zoo.recipes.files import write_atomically
@@ -55,7 +55,7 @@ class LatentImages:
 
     `transform` makes of an RGB image what the VAE sees. Computed at the first use into a file in `folder`
     whose name follows from the VAE, the images and their size; a file that is there is read instead. An
-    image that cannot be read raises DataError then.
+    image that cannot be read raises DataError then, with `lenient` only when it is asked for.
     """
 
     def __init__(
@@ -64,23 +64,33 @@ class LatentImages:
         vae: nn.Module,
         transform: Callable[[Image.Image], Tensor],
         folder: Path | None = None,
+        *,
+        lenient: bool = False,
     ) -> None:
         self.images, self.classes, self.notes = images, images.classes, images.notes
         self.file = (folder if folder is not None else CACHE) / f"{_key(images, vae, transform)}.npy"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.file.with_suffix(".lock")):
             if not self.file.exists():
-                self._encode(vae, transform)
+                self._encode(vae, transform, lenient)
         self._opened: np.ndarray | None = None
 
-    def _encode(self, vae: nn.Module, transform: Callable[[Image.Image], Tensor]) -> None:
+    def _encode(self, vae: nn.Module, transform: Callable[[Image.Image], Tensor], lenient: bool) -> None:
+        def pixels(index: int) -> Tensor:
+            try:
+                return transform(self.images.load(index))
+            except DataError:
+                if not lenient:
+                    raise
+                return torch.full_like(transform(Image.new("RGB", (1, 1))), torch.nan)  # and so its latents
+
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vae.to(device)
         parts = []
         with torch.inference_mode():
             for start in range(0, len(self.images), BATCH):
                 some = range(start, min(start + BATCH, len(self.images)))
-                x = torch.stack([transform(self.images.load(index)) for index in some]).to(device)
+                x = torch.stack([pixels(index) for index in some]).to(device)
                 both = [vae.encode(each).latent_dist.parameters for each in (x, x.flip(-1))]
                 parts.append(torch.stack(both, dim=1).cpu().numpy().astype(np.float16))
         vae.to("cpu")
@@ -91,10 +101,13 @@ class LatentImages:
         return len(self.images)
 
     def load(self, index: int) -> np.ndarray:
-        """Return the moments of one image and of its mirror image."""
+        """Return the moments of one image and of its mirror image. Raises DataError without any."""
         if self._opened is None:  # in each reader process; the pages are shared between them
             self._opened = np.load(self.file, mmap_mode="r", allow_pickle=False)
-        return np.array(self._opened[index])
+        moments = np.array(self._opened[index])
+        if np.isnan(moments).all():
+            raise DataError(f"{self.describe(index)} could not be read when its latents were computed")
+        return moments
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}

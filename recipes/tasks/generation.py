@@ -289,7 +289,8 @@ class GenerationTask(base.Task):
         if vae is None:
             return images
         folder = Path(recipe.data.cache) if recipe.data.cache is not None else None
-        return LatentImages(images, vae, pixel_transform(pixels_of_a_vae(recipe)), folder)
+        lenient = recipe.data.bad_images == "skip"
+        return LatentImages(images, vae, pixel_transform(pixels_of_a_vae(recipe)), folder, lenient=lenient)
 
     def build_model(self, recipe: GenerationRecipe, num_classes: int) -> nn.Module:
         from zoo import create_model

@@ -204,6 +204,8 @@ def test_a_path_at_home_is_found_there(good, monkeypatch):
     made = recipe(good, ["data.root=~/photos", "model.checkpoint=~/w.pth"])
     assert (made.data.root, made.model.checkpoint) == ("/home/me/photos", "/home/me/w.pth")
     assert recipe(good, ["data.root=a~/b"]).data.root == "a~/b"
+    good.write_text(recipe(good, ["data.root=there"]).yaml().replace("there", "~/photos"), encoding="utf-8")
+    assert recipe(good).data.root == "/home/me/photos", "in a file as behind a key"
 
 
 def test_a_text_that_may_be_missing_can_be_taken_away(good):

@@ -487,6 +487,7 @@ def test_what_lightning_or_the_model_refuses_is_one_line(run, override):
     ("overrides", "words"),
     [
         (["optim.name=sgd", "optim.momentum=0"], "optim.momentum=0.0 does not fit .* or optim.name=momentum"),
+        (["optim.name=sgd", "optim.betas=[0.9, 0.99]"], "optim.betas: optim.name=sgd reads none"),
         (["optim.args={epss: 1}"], r"optim.args={'epss': 1} do not fit optim.name=adamw: .*epss"),
     ],
 )

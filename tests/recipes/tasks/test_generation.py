@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import zoo
 from zoo.attention.swap import MECHANISMS
 from zoo.cli import main
 from zoo.diffusion.sampling import SAMPLERS, ImagePipeline, make_scheduler, sample
-from zoo.errors import ConfigError, ZooError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.layers.words import WordEncoder
 from zoo.recipes import api, pictures
 from zoo.recipes.config import recipe as read
@@ -667,6 +668,29 @@ def test_latents_are_those_of_the_vae(image_folder, vae_folder, tmp_path):
             )  # fmt: skip
     draws = torch.stack([DrawLatents.of(vae, noisy=True)(latents.load(3), 0)[0] for _ in range(400)])
     torch.testing.assert_close(draws.std(0), 0.5 * expected[0].std[0], atol=0.1, rtol=0.2)
+
+
+@pytest.mark.slow
+def test_an_image_without_latents_is_left_out_where_that_is_asked_for(
+    run, vae_folder, tmp_path, image_folder
+):
+    folder = tmp_path / "photos"
+    shutil.copytree(image_folder, folder)
+    broken = sorted((folder / "train").rglob("*.*"))[3]
+    broken.write_bytes(b"no image")
+    options = [
+        *latent_overrides(vae_folder, tmp_path / "cache"), f"data.root={folder}", "optim.epochs=1",
+        "sampling.count=0",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=re.escape(str(broken))):
+        run("x", *options)
+    run("first", *options, "data.bad_images=skip")
+    (file,) = (file for file in (tmp_path / "cache").glob("*.npy") if len(np.load(file)) == 26)
+    assert np.isnan(np.load(file)).any(axis=(1, 2, 3, 4)).sum() == 1
+    listed = (tmp_path / "first" / "bad_files.txt").read_text()
+    assert f"{broken.relative_to(folder)} could not be read when its latents were computed" in listed
+    with pytest.raises(DataError, match="could not be read when"):
+        run("y", *options)
 
 
 @pytest.mark.parametrize(
