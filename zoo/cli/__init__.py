@@ -25,8 +25,19 @@ def build() -> object:
         rich_markup_mode="rich",
     )
 
+    def tell_version(wanted: bool) -> None:
+        if wanted:
+            from zoo import __version__
+
+            print(f"zoo {__version__}")
+            raise typer.Exit
+
     @app.callback(epilog="Every command takes --debug, which shows the full traceback of an error.")
-    def common() -> None: ...
+    def common(
+        version: bool = typer.Option(
+            False, "--version", callback=tell_version, is_eager=True, help="Show the version."
+        ),
+    ) -> None: ...
 
     app.command("list")(models.list_)
     app.command("info")(models.info)

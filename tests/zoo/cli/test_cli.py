@@ -26,6 +26,10 @@ def test_list_prints_a_name_a_line(capsys):
     assert out.split() == zoo.list_models("dinat_s*")
 
 
+def test_the_version_is_told(capsys):
+    assert run(capsys, "--version") == (0, f"zoo {zoo.__version__}\n", "")
+
+
 def test_info_prints_the_facts(capsys):
     status, out, _ = run(capsys, "info", "nat_mini", "--json")
     facts = json.loads(out)
