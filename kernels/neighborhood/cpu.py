@@ -2,7 +2,8 @@
 
 Neighbouring queries share most of their keys, so a tile of 8 x 8 queries reads one halo of 14 x 14 keys
 instead of 64 windows of 49. Inside the halo a mask keeps each query's own window. Dilation groups become
-tiles of their own. A small map is one tile, which is dense attention with a mask.
+tiles of their own. A small map is one tile, which is dense attention with a mask. Without gradients two
+rows of queries and the rows of keys they see are often less work: they lie in order and are not copied.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from zoo.kernels.neighborhood.geometry import Axis, as_tensors, keys_of, outer
 
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
 COPIED_TOKEN = 32.0  # cost of copying one token into a tile, in query-key products
+BAND = 2  # rows of queries that are taken together
+# What bands and tiles cost beside their products: a token that the fused call reads or writes, which takes
+# some queries at once and reads all keys for them; a token that is copied before and after; a call.
+READ_TOKEN, MOVED_TOKEN, CALL = 32, 97, 20_000
+QUERIES_AT_ONCE = ((192, 32), (768, 64), (float("inf"), 256))  # in a call of fewer than so many
 TOKENS_AT_ONCE = (
     2048  # images are taken together until they have so many: fewer calls, yet the cache holds them
 )
@@ -112,6 +118,16 @@ def _plan(axes: tuple[Axis, ...]) -> Plan:
         per_axis = [_whole(axis) for axis in axes]
     else:
         per_axis = [_tile(axis, size) for axis, size in zip(axes, sizes, strict=True)]
+    queries, keys, pattern, seen, relative = _on_grid(axes, per_axis)
+    queries, keys, in_order = queries.ravel(), keys.ravel(), np.arange(tokens)
+    place = np.empty_like(in_order)
+    place[queries] = np.arange(queries.size)
+    queries, keys, place = (x[:0] if np.array_equal(x, in_order) else x for x in (queries, keys, place))
+    return Plan(pattern.size, queries, keys, place, pattern, seen, _mask(seen), relative)
+
+
+def _on_grid(axes: tuple[Axis, ...], per_axis: list[Tiles]) -> Tiles:
+    """The tiles of a grid from those of its axes, in row-major order."""
     queries, keys, pattern, seen, relative = per_axis[0]
     for axis, tiles in zip(axes[1:], per_axis[1:], strict=True):
         queries = outer(queries * axis.length, tiles.queries, np.add)
@@ -119,12 +135,11 @@ def _plan(axes: tuple[Axis, ...]) -> Plan:
         pattern = outer(pattern * len(tiles.seen), tiles.pattern, np.add)
         seen = outer(seen, tiles.seen, np.logical_and)
         relative = outer(relative * (2 * axis.kernel_size - 1), tiles.relative, np.add)
-    queries, keys, in_order = queries.ravel(), keys.ravel(), np.arange(tokens)
-    place = np.empty_like(in_order)
-    place[queries] = np.arange(queries.size)
-    queries, keys, place = (x[:0] if np.array_equal(x, in_order) else x for x in (queries, keys, place))
-    mask = np.where(seen, 0.0, -np.inf).astype(np.float32)
-    return Plan(pattern.size, queries, keys, place, pattern, seen, mask, relative)
+    return Tiles(queries, keys, pattern, seen, relative)
+
+
+def _mask(seen: np.ndarray) -> np.ndarray:
+    return np.where(seen, 0.0, -np.inf).astype(np.float32)
 
 
 # A tracer keeps the plan as constants of its graph.
@@ -134,8 +149,59 @@ def _plan_tensors(axes: tuple[Axis, ...]) -> list[int | Tensor]:
     return [tiles, *as_tensors(arrays)]
 
 
-def describe(axes: tuple[Axis, ...]) -> str:
-    """How a grid would be computed, in words."""
+class Bands(NamedTuple):
+    """The first axis in steps of a few rows: n bands of t queries, each with h keys, in P patterns."""
+
+    queries: list[int]  # [n] first query of every band
+    keys: list[int]  # [n] its first key
+    pattern: list[int]  # [n]
+    seen: np.ndarray  # [P, t, h]
+    mask: np.ndarray  # [P, t, h]
+    relative: np.ndarray  # [P, t, h]
+
+
+@lru_cache(maxsize=64)
+def _bands(axes: tuple[Axis, ...]) -> Bands:
+    rows = _tile(axes[0], min(BAND, axes[0].length))
+    queries, keys, pattern, seen, relative = _on_grid(axes, [rows, *map(_whole, axes[1:])])
+    first = (x.reshape(pattern.size, -1)[:, 0].tolist() for x in (queries, keys))
+    return Bands(*first, pattern.ravel().tolist(), seen, _mask(seen), relative)
+
+
+@lru_cache(maxsize=1024)
+def _bands_are_less(axes: tuple[Axis, ...], pairs: int) -> bool:
+    """Whether bands cost less than the tiles of `_plan`, each for so many images times heads."""
+    if axes[0].dilation > 1:  # its rows do not lie side by side
+        return False
+    length, row = axes[0].length, prod(axis.length for axis in axes[1:])
+    rows = min(BAND, length)
+    keys = min(length, rows + axes[0].kernel_size - 1)
+    bands = -(-length // rows) * (_cost(rows * row, keys * row) + CALL / pairs)
+    plan = _plan(axes)
+    _, queries, keys = plan.seen.shape
+    moved = 0 if plan.tiles == 1 else MOVED_TOKEN * (queries + keys)
+    return bands < plan.tiles * (_cost(queries, keys) + moved) + CALL / pairs
+
+
+def _cost(queries: int, keys: int) -> int:
+    """What the fused call does, in query-key products."""
+    at_once = next(count for end, count in QUERIES_AT_ONCE if queries < end)
+    return queries * keys + READ_TOKEN * (queries + -(-queries // at_once) * keys)
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axes: tuple[Axis, ...],
+    rpb: Tensor | None,
+    extra_k: Tensor | None,
+    return_lse: bool,
+) -> str:
+    """How a call would be computed, in words."""
+    if _in_order(q, k, v, axes, rpb, extra_k, return_lse):
+        bands = _bands(axes)
+        return "{} bands of {} queries and {} keys".format(len(bands.queries), *bands.seen.shape[1:])
     plan = _plan(axes)
     _, queries, keys = plan.seen.shape
     if plan.tiles == 1:
@@ -194,9 +260,12 @@ def _attention(
     extra_v: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if _in_order(q, k, v, axes, rpb, extra_k, return_lse):
+        return _attend_in_bands(q, k, v, axes, rpb, scale), None
     plan = Plan(*_plan_tensors(axes))
     tiles, grid, shared = plan.tiles, q.shape[1:-2], q.shape[-2] // k.shape[-2]
-    bias = _bias(plan, rpb, torch.promote_types(q.dtype, torch.float32))
+    bias = _bias(plan.seen, plan.mask, plan.relative, rpb, torch.promote_types(q.dtype, torch.float32))
+    bias = bias if tiles == 1 else bias.index_select(0, plan.pattern)  # [M, H or 1, t, h]
     q, k, v = (x.flatten(1, -3) for x in (q, k, v))  # [B, N, H, D]
     keys = plan.keys
     if extra_k is not None:
@@ -211,7 +280,7 @@ def _attention(
     if shared > 1:
         k, v = (x.repeat_interleave(shared, 2) for x in (k, v))
     nothing = None
-    if rpb is not None and not (shows_values(rpb) and all_finite(rpb)):  # it may hide every key of a query
+    if _may_hide(rpb):
         nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)  # [M, H, t, 1]
         bias = bias.masked_fill(nothing, 0.0)
 
@@ -227,15 +296,56 @@ def _attention(
     return out.unflatten(1, grid), lse.unflatten(1, grid) if return_lse else None
 
 
-def _bias(plan: Plan, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What is added to the logits, mask and relative positional bias: [M, H or 1, t, h]."""
+def _may_hide(rpb: Tensor | None) -> bool:
+    """Whether a bias may hide every key of a query."""
+    return rpb is not None and not (shows_values(rpb) and all_finite(rpb))
+
+
+def _bias(seen: Tensor, mask: Tensor, relative: Tensor, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits, mask and relative positional bias: [P, H or 1, t, h]."""
     if rpb is None:
-        bias = plan.mask[:, None].to(dtype)
-    else:
-        bias = rpb.flatten(1).to(dtype).index_select(1, plan.relative.flatten())
-        bias = bias.unflatten(1, plan.seen.size())  # [H, P, t, h]
-        bias = torch.where(plan.seen, bias, float("-inf")).transpose(0, 1)
-    return bias if plan.tiles == 1 else bias.index_select(0, plan.pattern)
+        return mask[:, None].to(dtype)
+    bias = rpb.flatten(1).to(dtype).index_select(1, relative.flatten()).unflatten(1, seen.size())
+    return torch.where(seen, bias, float("-inf")).transpose(0, 1)
+
+
+def _in_order(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axes: tuple[Axis, ...],
+    rpb: Tensor | None,
+    extra_k: Tensor | None,
+    return_lse: bool,
+) -> bool:
+    """Whether bands are possible and less work than tiles.
+
+    Backward they would not be: a sum over all tokens for each band.
+    """
+    if return_lse or extra_k is not None or v.shape[-1] != q.shape[-1] or not shows_values(q):
+        return False
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, rpb)):
+        return False
+    return _bands_are_less(axes, max(1, q.shape[0] * q.shape[-2])) and not _may_hide(rpb)
+
+
+def _attend_in_bands(
+    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Axis, ...], rpb: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of one band after the other, [B, *grid, H, D] in and out; nothing is copied but results."""
+    bands, shared = _bands(axes), q.shape[-2] // k.shape[-2]
+    grid, (_, queries, keys) = q.shape[1:-2], bands.seen.shape
+    bias = _bias(*as_tensors(bands[-3:]), rpb, torch.promote_types(q.dtype, torch.float32))
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
+    if shared > 1:
+        k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
+    parts, done = [], 0
+    for own, seen, pattern in zip(bands.queries, bands.keys, bands.pattern, strict=True):
+        some, *others = q[:, :, own : own + queries], *(x[:, :, seen : seen + keys] for x in (k, v))
+        part = F.scaled_dot_product_attention(some, *others, attn_mask=bias[pattern, None], scale=scale)
+        parts.append(part.transpose(1, 2)[:, done - own :])  # the last band may begin in the one before
+        done = own + queries
+    return torch.cat(parts, dim=1).unflatten(1, grid)
 
 
 def _attend(

@@ -279,7 +279,9 @@ dispatch.OPERATIONS[OP] = (
         "cpu",
         run=lambda call: cpu.neighborhood_attention(*_arguments(call), return_lse=call.return_lse),
         why_not=_cpu_why_not,
-        configuration=lambda call: cpu.describe(call.axes),
+        configuration=lambda call: cpu.describe(
+            call.q, call.k, call.v, call.axes, call.rpb, call.extra_k, call.return_lse
+        ),
     ),
     dispatch.Backend("flex", run=_run_flex, why_not=_flex_why_not, only_by_name=True),
     dispatch.Backend(

@@ -28,11 +28,25 @@ def cut_into(size: int) -> Iterator[None]:
     """Cut even the smallest map into tiles, so that small tests see what large maps run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_tile_sizes", lambda axes: [min(size, a.length // a.dilation) for a in axes])
+        patch.setattr(cpu, "_bands_are_less", lambda axes, pairs: False)
         cpu._plan.cache_clear()
         try:
             yield
         finally:
             cpu._plan.cache_clear()
+
+
+@contextmanager
+def bands_of(rows: int) -> Iterator[None]:
+    """Take so many rows together wherever that is possible, on the smallest map too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "BAND", rows)
+        patch.setattr(cpu, "_bands_are_less", lambda axes, pairs: axes[0].dilation == 1)
+        cpu._bands.cache_clear()
+        try:
+            yield
+        finally:
+            cpu._bands.cache_clear()
 
 
 @pytest.fixture
@@ -242,15 +256,21 @@ def test_any_size_and_window_gives_the_same_on_the_cpu_path(axes, tile, kv_heads
     more = [torch.randn(1, extra, kv_heads, 4, dtype=torch.float64) if extra else None for _ in range(2)]
     leaves = [q, k, v] + ([rpb] if biased else [])
     results = []
+
+    def attend(backend):
+        return ops.neighborhood_attention(
+            q, k, v, kernel, dilation=dilation, stride=stride, is_causal=causal, rpb=rpb,
+            extra_k=more[0], extra_v=more[1], backend=backend,
+        )  # fmt: skip
+
     with nullcontext() if tile is None else cut_into(tile):
         for backend in BACKENDS:
-            out = ops.neighborhood_attention(
-                q, k, v, kernel, dilation=dilation, stride=stride, is_causal=causal, rpb=rpb,
-                extra_k=more[0], extra_v=more[1], backend=backend,
-            )  # fmt: skip
+            out = attend(backend)
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     for fast, truth in zip(*results, strict=True):
         torch.testing.assert_close(fast, truth, rtol=1e-9, atol=1e-11)
+    with bands_of(tile or 2), torch.no_grad():
+        torch.testing.assert_close(attend("cpu"), results[0][0], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -314,6 +334,37 @@ def test_heads_without_a_bias_gradient_and_with_one_agree(tiles):
     frozen = ops.neighborhood_attention(q, k, v, 7, rpb=rpb)
     trained = ops.neighborhood_attention(q, k, v, 7, rpb=rpb.requires_grad_())
     torch.testing.assert_close(frozen, trained.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wants", ["nothing", "q", "rpb", "lse"])
+def test_rows_are_taken_together_where_nothing_is_learnt(wants):
+    """Backward, and for the LSE, tiles are less."""
+    q, k, v = inputs((28, 28), heads=4, dtype=torch.float32)
+    rpb = torch.randn(4, 13, 13, requires_grad=wants == "rpb")
+    q.requires_grad_(wants == "q")
+    told = ops.explain("neighborhood_attention", q, k, v, 7, rpb=rpb, return_lse=wants == "lse")
+    assert told.configuration.startswith("14 bands of 56 queries" if wants == "nothing" else "28 tiles of")
+    with torch.no_grad():
+        assert "bands" in ops.explain("neighborhood_attention", q, k, v, 7, rpb=rpb).configuration
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_bands_compute_what_the_definition_does(bad, dtype):
+    q, k, v = (x.to(dtype) for x in inputs((9, 8), heads=4, kv_heads=2))
+    rpb = torch.randn(4, 5, 7, dtype=dtype)
+    if bad is not None:
+        k[0, 0, 0, 0], v[1, 4, 3, 1] = bad, bad
+    with bands_of(2):
+        out = ops.neighborhood_attention(q, k, v, (3, 4), rpb=rpb)
+        hidden = ops.neighborhood_attention(q, k, v, (3, 4), rpb=torch.full_like(rpb, float("-inf")))
+        empty = ops.neighborhood_attention(q[:0], k[:0], v[:0], (3, 4))
+    truth = ops.neighborhood_attention(q, k, v, (3, 4), rpb=rpb, backend="reference")
+    good = truth.isfinite()
+    assert not out[~good].isfinite().any() and (bad is not None or good.all())
+    torch.testing.assert_close(out[good], truth[good])
+    assert bad is not None or not hidden.any()
+    assert empty.shape == q[:0].shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -612,7 +663,7 @@ def test_a_named_backend_is_refused_with_the_reason_and_the_nearest_choice():
 
 
 def test_explain_says_which_backend_and_how():
-    x = torch.randn(1, 32, 32, 2, 8)
+    x = torch.randn(1, 56, 56, 2, 8)
     told = ops.explain("neighborhood_attention", x, x, x, 5)
     assert told.backend == "cpu"
     assert told.reason.startswith("triton cannot: ")
