@@ -467,7 +467,6 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
                 raise ConfigError("give input_size or timm's img_size, not both")
             own["input_size"] = _side(kwargs.pop("img_size"))
         config = replaced(entry.config, own)
-        kwargs.setdefault("num_classes", config.num_classes)
         if config.input_size != entry.config.input_size:  # then what timm says of the model follows
             side = config.input_size
             said = {"input_size": (3, side, side), **entry.model.default_cfg(config)}

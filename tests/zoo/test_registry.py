@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -163,6 +165,17 @@ def test_timms_img_size_is_the_rows_input_size():
             timm.create_model("dat_tiny", img_size=(256, 320))
         with pytest.raises(zoo.ConfigError, match="not both"):
             timm.create_model("dat_tiny", img_size=256, input_size=224)
+
+
+def test_timms_configuration_says_how_many_classes_there_are(tmp_path):
+    overlaid = timm.create_model("nat_digits", pretrained_cfg_overlay={"num_classes": 4})
+    assert overlaid.num_classes == overlaid.get_classifier().out_features == 4
+    timm.models.save_for_hf(overlaid, str(tmp_path))
+    file = tmp_path / "config.json"
+    told = {key: value for key, value in json.loads(file.read_text()).items() if key != "model_args"}
+    file.write_text(json.dumps(told))  # as files of the hub are that say the classes and no arguments
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert torch.equal(again.get_classifier().weight, overlaid.get_classifier().weight)
 
 
 def test_the_tag_of_the_weights_says_how_their_images_are_cropped(monkeypatch):
