@@ -125,8 +125,10 @@ def _fetch_locked(entry: Weights, path: Path, check, allow_local: bool) -> bytes
             f"{entry.model}.{entry.tag} is no longer published ({entry.dead}); "
             "pass a file you have as checkpoint_path"
         )
+    # Offline, a file that nobody has recorded was put there by hand, as the message asks for: its first use.
+    by_hand = wanted is None and is_offline() and path.is_file()
     try:
-        data = _from_network(entry, path, allow_local)
+        data = path.read_bytes() if by_hand else _from_network(entry, path, allow_local)
     except ResourceError as error:
         if damaged:
             raise IntegrityError(f"{damaged}, and a new copy cannot be had: {error}") from error
@@ -140,7 +142,8 @@ def _fetch_locked(entry: Weights, path: Path, check, allow_local: bool) -> bytes
     check(data)
     if entry.sha256 is None:
         write_atomically(pin_of(entry), lambda file: file.write(f"{actual}\n".encode()))
-    write_atomically(path, lambda file: file.write(data))
+    if not by_hand:
+        write_atomically(path, lambda file: file.write(data))
     return data
 
 

@@ -390,6 +390,23 @@ def test_r11_no_home_folder_names_the_variable(monkeypatch):
         download.cache_folder()
 
 
+def test_r11_offline_a_file_put_where_the_message_says_is_used_and_recorded(publisher, tmp_path, monkeypatch):
+    publish(monkeypatch, url=publisher.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(zoo.ResourceError, match="there is no .*m.t.pth; put the file there"):
+        read()
+    path = tmp_path / "cache" / "m.t.pth"
+    path.write_bytes(b"<html>")
+    with pytest.raises(zoo.IntegrityError, match="web page"):
+        read()
+    path.write_bytes(DATA)
+    assert torch.equal(read(), torch.ones(5000))
+    path.write_bytes(file_of(2.0))
+    with pytest.raises(zoo.IntegrityError, match=HASH[:12]):
+        read()
+    assert publisher.asked == []
+
+
 @pytest.mark.slow
 def test_r11_offline_says_where_the_file_should_be(tmp_path):
     code = "import zoo; zoo.create_model('nat_mini', pretrained=True)"
