@@ -62,7 +62,7 @@ def convert_checkpoint(source: str | Path, model: str, output: str | Path, **arg
     import safetensors.torch
 
     from zoo import __version__
-    from zoo.registry import create_model
+    from zoo.registry import create_model, load_checkpoint
     from zoo.weights.files import write_atomically
     from zoo.weights.manifest import entries_of
 
@@ -71,7 +71,12 @@ def convert_checkpoint(source: str | Path, model: str, output: str | Path, **arg
         raise ConfigError(f"{output} must end in .safetensors")
     if output.exists():
         raise ConfigError(f"{output} exists; name another file, or remove it first")
-    made = create_model(model, checkpoint_path=source, **arguments)
+    made = create_model(model, **arguments)
+    if load_checkpoint(made, source):  # a classifier as initialised is nothing to write down
+        raise ConfigError(
+            f"{source} has a classifier for other classes than the {made.num_classes} of {model}; name their "
+            "number by num_classes (--num-classes), or 0 to write none"
+        )
     facts = {
         "format": "pt",
         "model": model,

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 import zoo
 from zoo.checkpoints import find_weights
@@ -75,6 +75,24 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(change, message, t
     assert status == 4
     assert re.search(message, err) and len(err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+
+
+@pytest.mark.parametrize(("given", "written"), [(["--num-classes", "7"], 7), (["--num-classes", "0"], None)])
+def test_convert_writes_no_classifier_that_the_file_has_not(given, written, tmp_path, capsys):
+    torch.save(zoo.create_model("nat_digits", num_classes=7).state_dict(), tmp_path / "seven.pth")
+    command = [
+        "weights",
+        "convert",
+        str(tmp_path / "seven.pth"),
+        "nat_digits",
+        str(tmp_path / "o.safetensors"),
+    ]
+    status, _, err = run(capsys, *command)
+    assert status == 2 and "other classes than the 10 of nat_digits; name their number" in err
+    assert not (tmp_path / "o.safetensors").exists()
+    assert run(capsys, *command, *given)[0] == 0
+    head = load_file(tmp_path / "o.safetensors").get("head.weight")
+    assert written == (None if head is None else len(head))
 
 
 def test_verify_looks_at_hash_numbers_and_fit(published, tmp_path, capsys):
