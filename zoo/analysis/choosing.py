@@ -91,7 +91,7 @@ def choose(
     limits = {"task": task, "size": size, "latency_ms": latency, "memory_mb": memory, "batch": batch}
     limits |= {"training": training, "among": among}
     for name, value in (("size", size), ("latency", latency), ("memory", memory), ("most", most)):
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN too, which would be no limit
             raise ConfigError(f"{name} must be above 0, found {value}")
     waiting = _candidates(task, size, among)
     trial = _Trial(task, latency, memory, batch, training, torch.device(device), seconds)

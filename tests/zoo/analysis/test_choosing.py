@@ -138,7 +138,8 @@ def test_mistakes_say_what_is_right(capsys):
         choose("segmentaton")
     with pytest.raises(zoo.ConfigError, match="no model for generation matches 'nat"):
         choose("generation", among="nat*")
-    with pytest.raises(zoo.ConfigError, match="latency must be above 0"):
-        choose(latency=0)
+    for nothing in (0, float("nan")):
+        with pytest.raises(zoo.ConfigError, match="latency must be above 0"):
+            choose(latency=nothing, among="nat_digits", seconds=0)
     assert main(["choose", "--among", "nothing"]) == 2
     assert "no model for classification matches" in capsys.readouterr().err
