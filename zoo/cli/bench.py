@@ -46,7 +46,7 @@ def bench(
     Cost over resolution: zoo bench --compare attention=neighborhood,window,global --output bench
     One page of earlier runs: zoo bench report bench/bench.json
     """
-    from zoo.errors import ConfigError, ResourceError
+    from zoo.errors import ConfigError, ResourceError, ZooError
 
     names = list(names or ())
     if names[:1] == ["report"]:
@@ -71,6 +71,10 @@ def bench(
         if not str(error).startswith("backend "):
             raise
         raise ResourceError(str(error)) from None
+    except ValueError as error:  # what an operation does not take, such as a map that windows do not divide
+        if isinstance(error, ZooError):
+            raise
+        raise ConfigError(str(error)) from None
     _show(made)
     if output is not None:
         _write(made, output)

@@ -70,6 +70,8 @@ def test_a_mistake_is_one_line(arguments, status, message, capsys):
         ),
         (("nat_digits", "--device", "gpu"), 2, "device must be cpu or cuda, found 'gpu'"),
         (("neighborhood_attention", "--size", "²"), 2, "--size must be positive numbers"),
+        (("neighborhood_attention", "--size", "5"), 2, "error: kernel_size * dilation = 7 * 1 must not"),
+        (("window_attention", "--size", "10"), 2, "error: the map's 10 rows must be a multiple"),
     ],
 )
 def test_backends_devices_and_sizes_that_are_not_there(arguments, status, message, capsys):
