@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -113,6 +114,12 @@ def test_verify_looks_at_hash_numbers_and_fit(published, tmp_path, capsys):
     torch.save(state, tmp_path / "zero.pth")
     status, out, _ = run(capsys, "weights", "verify", str(tmp_path / "zero.pth"))
     assert (status, "head.weight is all zero" in out) == (0, True)
+
+
+def test_verify_needs_no_diffusers_for_the_weights_of_a_generator(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zoo.diffusion.transformers", None)  # importing it would fail
+    status, out, err = run(capsys, "weights", "verify", "dit_digits")
+    assert (status, err) == (0, "") and "dit_digits.digits: sound" in out
 
 
 def test_pin_prints_what_a_manifest_states(capsys):
