@@ -8,6 +8,11 @@ import sys
 from collections.abc import Sequence
 
 USAGE, DATA, RESOURCES, INTERRUPTED, TERMINATED = 2, 3, 5, 130, 143
+EXTRAS = {  # of this package, and what each of them brings
+    "recipes": ("pytorch_lightning", "torchmetrics", "sklearn", "skimage", "matplotlib", "tensorboard"),
+    "diffusion": ("diffusers", "transformers", "peft"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+}
 
 
 def build() -> object:
@@ -107,6 +112,9 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, MemoryError) or "out of memory" in message.lower():
         message = f"not enough memory ({message or 'allocation failed'}); use a smaller batch or image size"
         status = RESOURCES
+    elif isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error.name or "")):
+        message = f"this needs {error.name}, which is not installed; run: pip install 'attnzoo[{extra}]'"
+        status = RESOURCES
     elif isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         told = f"{error.filename or 'file system'}: {error.strerror}" if error.strerror else message
@@ -116,6 +124,11 @@ def _report(error: BaseException) -> int:
     lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
     print("error:", "\n".join(lines[:3]), file=sys.stderr)
     return status
+
+
+def _extra_with(module: str) -> str | None:
+    """The extra of this package that brings a module of another one."""
+    return next((extra for extra, names in EXTRAS.items() if module.partition(".")[0] in names), None)
 
 
 def entry_point() -> None:

@@ -95,6 +95,20 @@ def test_every_error_has_its_status_and_a_text(error, status, capsys, monkeypatc
         assert 1 <= len(err.splitlines()) <= 3
 
 
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("matplotlib.figure", "recipes"), ("diffusers", "diffusion"), ("onnx", "export")],
+)
+def test_a_package_that_is_not_installed_names_the_extra_that_brings_it(module, extra, capsys, monkeypatch):
+    def fail(*arguments, **settings):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(zoo, "list_models", fail)
+    status, _, err = run(capsys, "list")
+    assert status == 5
+    assert err == f"error: this needs {module}, which is not installed; run: pip install 'attnzoo[{extra}]'\n"
+
+
 def test_debug_shows_the_traceback_wherever_it_stands():
     for arguments in (["--debug", "info", "nat_tny"], ["info", "nat_tny", "--debug"]):
         with pytest.raises(zoo.ConfigError):
