@@ -123,6 +123,10 @@ def _parse(data: bytes, name: str) -> dict[str, Tensor]:
     # The length that a safetensors file begins with may look like " <", but a zero is among its bytes.
     if data.lstrip()[:1] == b"<" and b"\0" not in data[:8]:
         raise IntegrityError(f"{name} is a web page, not a weights file; fetch it again")
+    if data.startswith(b"version https://git-lfs"):
+        raise IntegrityError(
+            f"{name} is what git keeps in place of the file; fetch the file itself by `git lfs pull`"
+        )
     if name.lower().endswith(".safetensors") or _begins_as_safetensors(data):
         try:
             return safetensors.torch.load(data)

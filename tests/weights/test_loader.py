@@ -102,6 +102,8 @@ def test_a_stand_in_opens_no_way_around_the_refusal(call, tmp_path, monkeypatch)
     [
         ("w.pth", b"", "is empty"),
         ("w.pth", b"<!DOCTYPE html><html>", "is a web page"),
+        ("w.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "by `git lfs pull`"),
+        ("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "by `git lfs pull`"),
         ("w.pth", b"PK\x03\x04 and then nothing", "not a readable weights file"),
         ("w.safetensors", b"\x10\x00\x00", "not a whole safetensors file"),
     ],
