@@ -407,8 +407,14 @@ def _refuse_numbers(kwargs: Mapping[str, Any]) -> None:
     """Refuse what timm would take and compute nonsense with."""
     at_least(1, in_chans=kwargs.get("in_chans", 3))
     below_one(**{key: rate for key, rate in kwargs.items() if key.endswith("_rate")})
-    if kwargs.get("out_indices") is not None and not kwargs.get("features_only"):
+    stages = kwargs.get("out_indices")
+    if stages is not None and not kwargs.get("features_only"):
         raise ConfigError("out_indices are the stages of features_only=True, which is not given")
+    each = (0,) if stages is None else stages if isinstance(stages, list | tuple) else (stages,)
+    if not each or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in each):
+        raise ConfigError(
+            f"out_indices must be stages, such as (1, -1), or the number of last ones; found {stages!r}"
+        )
 
 
 def _refuse_other_files(kwargs: Mapping[str, Any]) -> None:
