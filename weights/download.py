@@ -206,6 +206,7 @@ def _download(url: str, entry: Weights, path: Path, allow_local: bool) -> bytes:
             stalled = isinstance(cause, TimeoutError)
             reason = f"no byte for {STALL:g} s" if stalled else str(cause) or type(cause).__name__
             reason += f", {stream.tell():,} bytes came" if stream.tell() else ""
+    reason = " ".join(reason.split())  # a server's own words may be lines
     raise ResourceError(
         f"cannot fetch {path.name} from {host} ({reason}); "
         "download it by hand and pass checkpoint_path, in a recipe model.checkpoint"

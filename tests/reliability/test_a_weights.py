@@ -200,6 +200,7 @@ def test_r07_a_size_in_the_manifest_finds_the_same_cut_while_it_can_be_mended(pu
         (["status:404"], "127.0.0.1 .status 404", 1),
         (["status:500"] * 4, "status 500", 4),
         (["cut:0"] * 4, "0 of .* bytes came|IncompleteRead", 4),
+        (["redirect:/w.pth"] * 9, "status 302 .* infinite loop.*; download it by hand", 5),
     ],
 )
 def test_r08_a_failure_tells_host_status_and_bytes_after_bounded_tries(
