@@ -147,8 +147,14 @@ class Handle:
             for hook in site.hooks:
                 hook.remove()
             for name, original in site.originals.items():
-                if site.layers[name].processor is site.processors.get(name):
+                ours = site.processors.get(name)
+                if site.layers[name].processor is ours:
                     site.layers[name].processor = original
+                    # What was set for the model meanwhile: without its config the original would attend
+                    # to one rank's part of the sequence.
+                    for setting in ("_attention_backend", "_parallel_config"):
+                        if hasattr(original, setting):
+                            setattr(original, setting, getattr(ours, setting))
             # What `unfuse_qkv_projections` would put back.
             fused = getattr(site.model, "original_attn_processors", None) or {}
             for name, processor in fused.items():

@@ -378,6 +378,20 @@ def test_the_attention_backend_of_diffusers_is_carried_over(flux, monkeypatch):
         assert backends == {"_native_math"}
 
 
+@pytest.mark.parametrize("chosen", ["before and while", "while", "reset while"])
+def test_an_attention_backend_chosen_while_applied_stays_after_remove(flux, monkeypatch, chosen):
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    if chosen != "while":
+        flux.set_attention_backend("_native_math")
+    before = snapshot(flux)
+    with diffusion.apply_neighborhood(flux, 3, dense_layers=1):
+        flux.reset_attention_backend() if chosen == "reset while" else flux.set_attention_backend("native")
+    assert is_unchanged(flux, before)
+    (backend,) = {p._attention_backend for p in flux.attn_processors.values()}
+    assert backend == (None if chosen == "reset while" else attention_dispatch.AttentionBackendName.NATIVE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapped", "wrapped later", "in place"])
 def test_a_compiled_transformer_has_one_graph_for_dense_and_one_for_sparse_steps(make_flux, inputs, how):
