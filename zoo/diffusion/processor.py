@@ -272,6 +272,12 @@ class Processor:
         self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout
     ) -> Tensor:
         """Attend for samples that are padded alike at once, without their padding; all [B, N, H, D]."""
+        samples = sum(len(group.rows) for group in self.state.groups if group.rows is not None)
+        if samples not in (0, len(query)):
+            raise ConfigError(
+                f"{type(self).__name__} got {len(query)} samples, found {samples} prompts with padding (does "
+                "FasterCache leave some out?); call disable_cache() or remove the handle"
+            )
         out = None
         for group in self.state.groups:
             plan = group.plan

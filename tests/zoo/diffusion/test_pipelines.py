@@ -640,6 +640,27 @@ def test_the_first_block_cache_of_diffusers_works_beside_it(tiny):
         pipe.transformer.disable_cache()
 
 
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # of FasterCache
+def test_a_cache_that_leaves_out_prompts_is_heeded_or_refused_where_they_are_padded():
+    def generate(pipe: Any, **kwargs: Any) -> Tensor:
+        spans = dict.fromkeys(
+            ("spatial_attention_timestep_skip_range", "unconditional_batch_timestep_skip_range"), (-1, 1)
+        )
+        more = {"current_timestep_callback": lambda: 0, "attention_weight_callback": lambda module: 0.5}
+        pipe.transformer.enable_cache(diffusers.FasterCacheConfig(**spans, **more))
+        return MOCHI.generate(pipe, steps=4, **MOCHI.guidance, **kwargs)
+
+    whole = {name: torch.ones_like(x) for name, x in MOCHI.prompt().items() if name.endswith("_mask")}
+    with stock_under_mask("radial", MOCHI, MOCHI.small):
+        wanted = generate(MOCHI.pipe(), **whole)
+    pipe = MOCHI.pipe()
+    with apply("radial", pipe):
+        assert (generate(pipe, **whole) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        pipe.transformer.disable_cache()
+        with pytest.raises(ConfigError, match="got 1 samples, found 2 prompts with padding .* disable_cache"):
+            generate(pipe)
+
+
 @once
 def test_a_changed_model_survives_pickling(method, tiny):
     model, inputs = tiny.build(1), tiny.inputs(tiny.small)
