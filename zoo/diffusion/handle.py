@@ -335,7 +335,7 @@ class Handle:
         kinds, which = mask.unique(dim=0, return_inverse=True)
         groups = []
         for number, kept in enumerate(kinds):
-            tokens = torch.ones(layout.tokens, dtype=torch.bool)
+            tokens = torch.ones(layout.tokens, dtype=torch.bool, device="cpu")
             tokens[layout.text_slice] = kept
             text = int(kept.sum())
             queries = replace(layout, text=text) if adapter.drops_padding else layout
@@ -349,8 +349,9 @@ class Handle:
         phase = self._phase
         key = (adapter.model, layout, text, str(device), phase)
         if key not in self._plans:
-            # A plan made under torch.inference_mode must serve training as well.
-            with torch.inference_mode(False):
+            # A plan made under torch.inference_mode must serve training as well. It is made on the CPU
+            # whatever the default device: its generators live there.
+            with torch.inference_mode(False), torch.device("cpu"):
                 self._plans[key] = self.config.plan(adapter, layout, text, device, phase)
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)

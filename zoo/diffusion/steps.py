@@ -50,7 +50,7 @@ class Steps:
         begins and goes on with the timesteps: when a generation begins, and how many evaluations a step has,
         whose timesteps may repeat or rise.
         """
-        now = float(torch.as_tensor(timestep).detach().max())
+        now = float(timestep.detach().max() if torch.is_tensor(timestep) else timestep)
         now = -now if rises else now
         order, begin = getattr(scheduler, "order", 1), getattr(scheduler, "begin_index", None) or 0
         calls = getattr(scheduler, "step_index", None)

@@ -34,6 +34,7 @@ from tiny_diffusion import (
     WAN,
     WAN22,
     Tiny,
+    conditioned_inputs,
     masked_sdpa,
 )
 from torch import Tensor
@@ -736,6 +737,23 @@ def test_a_geometry_that_cannot_be_read_is_refused(tiny, change, message):
     model = tiny.build()
     with apply("neighborhood", model), pytest.raises(ConfigError, match=message):
         output(model, refusal(tiny.inputs(tiny.small), change))
+
+
+@pytest.mark.parametrize(
+    ("method", "tiny"),
+    [("neighborhood", QWEN), ("radial", HUNYUAN), ("radial", MOCHI), ("pka", FLUX), ("agent", SD15)],
+    ids=str,
+)
+def test_the_default_device_of_torch_may_be_another_one_than_the_model_s(method, tiny):
+    model, inputs = tiny.build(), conditioned_inputs() if method == "pka" else tiny.inputs(tiny.small)
+    change = {
+        "pka": partial(diffusion.apply_pka, conditions=("spatial", "subject"), keywords=[[2, 3]]),
+        "agent": diffusion.apply_agent,
+    }.get(method, partial(apply, method))
+    with change(model):
+        wanted = output(model, inputs)
+    with change(model), torch.device("meta"):  # nothing can be read there
+        assert torch.equal(output(model, inputs), wanted)
 
 
 @pytest.mark.parametrize(("method", "tiny"), [("neighborhood", QWEN), ("radial", HUNYUAN)], ids=str)
