@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -63,6 +64,7 @@ def find_sites(target: Any, method: str, dense_layers: int | Sequence[int | str]
         layers = select(adapter.layers(model), dense_layers)
         for name, layer in layers.items():
             refuse_foreign_processor(name, stock_of(layer.processor), adapter)
+            refuse_skipped_scores(name, layer, method)
         sites.append(Site(entry, model, adapter, layers))
     return sites
 
@@ -108,6 +110,16 @@ def refuse_foreign_processor(name: str, processor: Any, adapter: Adapter) -> Non
         raise ConfigError(
             f"{name} must have a {allowed}, found a {found}, whose effect would be lost; unload what "
             "set it or list the layer in dense_layers"
+        )
+
+
+def refuse_skipped_scores(name: str, layer: nn.Module, method: str) -> None:
+    """Raise ConfigError for perturbed attention: the hook replaces torch's own attention alone, not ours."""
+    hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", {}).values()
+    if any(isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores for hook in hooks):
+        raise ConfigError(
+            f"{method} attention cannot leave out its scores, found skip_attention_scores=True at "
+            f"{name}; remove that hook or list the layer in dense_layers"
         )
 
 

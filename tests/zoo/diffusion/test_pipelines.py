@@ -17,6 +17,7 @@ pytest.importorskip("diffusers", reason="pip install 'attnzoo[diffusion]'")
 import accelerate
 import diffusers
 from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import apply_layer_skip
 from diffusers.models import attention_dispatch
 from tiny_diffusion import (
     COGVIDEOX,
@@ -660,6 +661,21 @@ def test_a_cache_that_leaves_out_prompts_is_heeded_or_refused_where_they_are_pad
         pipe.transformer.disable_cache()
         with pytest.raises(ConfigError, match="got 1 samples, found 2 prompts with padding .* disable_cache"):
             generate(pipe)
+
+
+@pytest.mark.parametrize("tiny", [PIXART, QWEN], ids=repr)
+def test_scores_of_attention_that_diffusers_leaves_out_are_refused_unless_the_layer_stays_dense(tiny):
+    # As perturbed attention guidance does: what the layer attends to is its own value.
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    skip = {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False}
+    before = list(model.attn_processors.values())
+    apply_layer_skip(model, diffusers.LayerSkipConfig(indices=[0], fqn="transformer_blocks", **skip))
+    skipped = output(model, inputs)
+    with pytest.raises(ConfigError, match=r"skip_attention_scores=True at transformer_blocks.0.attn.*; rem"):
+        apply("neighborhood", model)
+    assert all(a is b for a, b in zip(model.attn_processors.values(), before, strict=True))
+    with diffusion.apply_neighborhood(model, 99, dense_layers=1):
+        assert torch.equal(output(model, inputs), skipped)
 
 
 @once
