@@ -177,6 +177,11 @@ class Handle:
         known = [site for site in self._sites if transformer in (None, site.entry, site.model)]
         if not self._active or not known:
             raise ConfigError("compare_dense needs a transformer that this handle changes, before remove()")
+        if getattr(known[0].model, "is_cache_enabled", False):
+            raise ConfigError(
+                "compare_dense needs every attention computed twice, found a cache enabled on "
+                f"{type(known[0].model).__name__}; call disable_cache() first"
+            )
         entry, state = known[0].entry, self._state
         outputs = {}
         try:

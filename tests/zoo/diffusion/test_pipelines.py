@@ -727,6 +727,21 @@ def test_compare_dense_measures_every_layer_and_the_output(method, tiny):
     assert 0 < comparison.keep < 1
 
 
+@pytest.mark.parametrize("tiny", [WAN, COGVIDEOX, FLUX], ids=repr)
+def test_compare_dense_refuses_a_cache_that_would_give_the_dense_output_again(tiny):
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    with apply("radial" if tiny in VIDEOS else "neighborhood", model) as handle:
+        wanted = handle.compare_dense(**inputs)
+        now = {"current_timestep_callback": lambda: 500}
+        model.enable_cache(
+            diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, **now)
+        )
+        with pytest.raises(ConfigError, match=r"found a cache enabled on .*; call disable_cache\(\) first"):
+            handle.compare_dense(**inputs)
+        model.disable_cache()
+        assert handle.compare_dense(**inputs) == wanted
+
+
 def test_supported_names_every_method_for_every_pipeline():
     for tiny in (*IMAGES, *VIDEOS):
         report = diffusion.supported(tiny.pipe())
