@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,9 +102,8 @@ class Handle:
                     site.originals[name], site.processors[name] = original, ours
                     layer.processor = ours  # not every attention module has a set_processor
                     site.hooks += ours.hooks(site.model)
-                site.hooks.append(
-                    site.entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-                )
+                hook = partial(self._before_forward, site)
+                site.hooks.append(site.entry.register_forward_pre_hook(hook, with_kwargs=True))
         except BaseException:
             self.remove()
             raise
@@ -227,8 +227,10 @@ class Handle:
         return f"<{self.method}: {what}, {self.config}>"
 
     @torch.compiler.disable  # traced, the step would be a constant of the graph
-    def _before_forward(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        site = next(site for site in self._sites if site.entry is entry)
+    def _before_forward(
+        self, site: Site, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # `entry` may be a shallow copy with the same layers, as accelerate's compile_regions makes one.
         refuse_context_parallel(site.model, self.method)
         for name, layer in site.layers.items():
             if layer.processor is not site.processors[name]:

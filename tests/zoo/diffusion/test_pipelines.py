@@ -663,6 +663,17 @@ def test_a_cache_that_leaves_out_prompts_is_heeded_or_refused_where_they_are_pad
             generate(pipe)
 
 
+@pytest.mark.parametrize("tiny", [WAN, FLUX], ids=repr)
+def test_a_shallow_copy_of_the_model_is_changed_with_it(tiny):
+    # accelerate's compile_regions makes one, with compiled blocks.
+    model, inputs = tiny.build(), tiny.inputs(tiny.small)
+    stock = output(model, inputs)
+    with apply("radial" if tiny in VIDEOS else "neighborhood", model):
+        wanted, twin = output(model, inputs), copy.copy(model)
+        assert torch.equal(output(twin, inputs), wanted)
+    assert torch.equal(output(twin, inputs), stock)
+
+
 @pytest.mark.parametrize("tiny", [PIXART, QWEN], ids=repr)
 def test_scores_of_attention_that_diffusers_leaves_out_are_refused_unless_the_layer_stays_dense(tiny):
     # As perturbed attention guidance does: what the layer attends to is its own value.
