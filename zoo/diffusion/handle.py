@@ -104,6 +104,7 @@ class Handle:
                     site.hooks += ours.hooks(site.model)
                 hook = partial(self._before_forward, site)
                 site.hooks.append(site.entry.register_forward_pre_hook(hook, with_kwargs=True))
+                site.hooks.append(site.entry.register_forward_hook(self._after_forward))
         except BaseException:
             self.remove()
             raise
@@ -259,7 +260,7 @@ class Handle:
         state.layout = layout
         state.groups = self._groups(site.adapter, layout, mask, hidden_states.device)
         state.sparse = sparse and any(group.plan is not None for group in state.groups)
-        state.kind = None
+        state.kind, state.is_read = None, True
         if torch.is_grad_enabled() and state.task == -1:
             padding = None if mask is None else mask.numpy().tobytes()
             call = None if prompt is None else self._steps.call
@@ -268,6 +269,10 @@ class Handle:
             state.keep_for_backward()
         if self._forced is None:
             self._count_work(site, hidden_states, layout)
+
+    @torch.compiler.disable
+    def _after_forward(self, *args: Any) -> None:
+        self._state.is_read = False  # a forward that passes by the hooks is not one more of this kind
 
     def _watch_checkpoints(self, site: Site) -> None:
         """Go between a model and its gradient checkpointing, which may be enabled at any time."""

@@ -73,7 +73,8 @@ class State:
     """What the processors of one handle read; a step number would recompile the model at every step.
 
     A model in training gets timesteps that are samples, no steps of a generation. While the handle compares
-    with dense attention, `errors` takes what each layer finds. `is_removed`: none of it holds any more.
+    with dense attention, `errors` takes what each layer finds. `is_read`: this is of the forward that runs,
+    not of one before. `is_removed`: none of it holds any more.
     `task` is the backward in which this forward runs, -1 for none, and `kind` what it shares with others
     that attend alike; `live` are those kinds of forwards with a gradient that backward may still ask for.
     """
@@ -83,6 +84,7 @@ class State:
     layout: TokenLayout | None = None
     groups: tuple[Group, ...] = ()
     errors: dict[str, float] | None = None
+    is_read: bool = False
     is_removed: bool = False
     task: int = -1
     kind: Any = None
@@ -181,7 +183,11 @@ class Processor:
             self.compute, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb,
             encoder_hidden_states_mask,
         )  # fmt: skip
-        if torch.compiler.is_compiling() or running_backward() == self.state.task:
+        if torch.compiler.is_compiling():
+            return compute()
+        if running_backward() == self.state.task:
+            if not self.state.is_read:
+                raise self.unread(hidden_states.shape[1])
             return compute()
         with self.state.as_in(self.state.of_this_backward(remembers=self.memory is not None)):
             return compute()
@@ -243,11 +249,16 @@ class Processor:
         """The layout, if it is that of these tokens, [B, N, ..]."""
         layout = self.layout
         if layout is None or query.shape[1] != layout.tokens:
-            raise ConfigError(
-                f"{type(self).__name__} got {query.shape[1]} tokens, found the geometry {layout}; call the "
-                "transformer itself, neither its forward method nor its blocks"
-            )
+            raise self.unread(query.shape[1])
         return layout
+
+    def unread(self, tokens: int) -> ConfigError:
+        """For tokens that came without the transformer being called."""
+        layout = self.layout if self.state.is_read else None
+        return ConfigError(
+            f"{type(self).__name__} got {tokens} tokens, found the geometry {layout}; call the transformer "
+            "itself, as it was when the handle was applied (compiled?), neither its forward nor its blocks"
+        )
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend as the model would, on the backend chosen in diffusers if it heeds that; [B, N, H, D]."""

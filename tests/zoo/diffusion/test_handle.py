@@ -270,10 +270,23 @@ def test_context_parallelism_is_refused_before_and_after(flux, inputs):
             outputs(flux, inputs())
 
 
-def test_a_call_that_passes_by_the_hook_is_refused(flux, inputs):
-    with diffusion.apply_neighborhood(flux, 3):
+@pytest.mark.parametrize("how", ["forward", "block", "without its compiled wrapper"])
+@pytest.mark.parametrize("before", ["nothing", "a call", "a backward"])
+def test_a_call_that_passes_by_the_hook_is_refused(flux, inputs, how, before):
+    # Even where the geometry of a call before would fit: step, padding and mode would be of that call.
+    target = torch.compile(flux, backend="eager") if how == "without its compiled wrapper" else flux
+    x = inputs()
+    with diffusion.apply_neighborhood(target, 3):
+        if before == "a backward":
+            target(**x)[0].square().mean().backward()
+        elif before == "a call":
+            outputs(target, x)
+        attend = flux.transformer_blocks[0].attn
+        parts = torch.zeros(1, 42, 32), torch.zeros(1, 5, 32)
+        call = {"forward": flux.forward, "block": lambda **_: attend(*parts)}.get(how, flux)
         with pytest.raises(ConfigError, match="call the transformer itself"):
-            flux.forward(**inputs())
+            call(**x)
+        outputs(target, x)
 
 
 @pytest.mark.parametrize("kind", ["reference image", "shuffled", "all equal", "column-major"])
