@@ -66,8 +66,9 @@ class Handle:
     A model in training mode is sparse at every call, `dense_steps` or not: it is trained at random times, and
     what was counted or remembered of a generation before is forgotten.
     Steps are counted by changes of the timestep, which guidance does not make; where the scheduler of the
-    pipeline that was changed evaluates several times in a step (Heun, KDPM2), by the scheduler. (Another
-    pipeline that shares the transformer has a scheduler that is not asked.)
+    pipeline that was changed evaluates several times in a step (Heun, KDPM2) or has timesteps that are equal
+    in bfloat16, by the scheduler. (Another pipeline that shares the transformer has a scheduler that is not
+    asked.)
     """
 
     def __init__(

@@ -48,7 +48,8 @@ class Steps:
         Frames that are given, not made, may have a timestep of 0 of their own: the noisiest token counts.
         The pipeline's scheduler, if there is one, knows better where it drives the model, that is where it
         begins and goes on with the timesteps: when a generation begins, and how many evaluations a step has,
-        whose timesteps may repeat or rise.
+        whose timesteps may repeat or rise. Those of two steps may be equal where a pipeline rounds them to
+        bfloat16, as HunyuanVideo's does.
         """
         now = float(timestep.detach().max() if torch.is_tensor(timestep) else timestep)
         now = -now if rises else now
@@ -58,7 +59,7 @@ class Steps:
         goes_on = self._is_driven and calls != self._scheduler_calls
         begins = calls == begin and self._has_begun
         is_new = begins or (now > self._timestep and not goes_on)
-        is_change, before = now != self._timestep, self.step
+        is_change, before = goes_on or now != self._timestep, self.step
         if is_new:
             self.step, self._is_driven = 0, calls == begin
         elif is_change:

@@ -403,6 +403,29 @@ def test_a_scheduler_that_evaluates_twice_in_a_step_has_its_own_count(tiny, sche
             assert handle.stats().sparse_calls - before.sparse_calls == (calls - 4) * layers
 
 
+@pytest.mark.parametrize(
+    ("tiny", "shift", "guided"), [(HUNYUAN, 7.0, False), (HUNYUAN, 7.0, True), (FLUX, 8.0, False)], ids=str
+)
+def test_steps_whose_timesteps_are_equal_in_bfloat16_are_told_apart(tiny, shift, guided):
+    pipe = tiny.pipe()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipe.to(torch.bfloat16)
+    prompt = {n: x.bfloat16() if x.is_floating_point() else x for n, x in tiny.prompt().items()}
+    guidance = tiny.guidance if guided else dict.fromkeys(tiny.guidance, 1.0)
+    method = "radial" if tiny is HUNYUAN else "neighborhood"
+    timesteps, evaluations = [], 1 + guided
+    with apply(method, pipe, dense_steps=12) as handle:
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: timesteps.append(float(kwargs["timestep"][0])), with_kwargs=True
+        )
+        for _ in range(2):
+            before = handle.stats()
+            tiny.generate(pipe, steps=50, **prompt, **guidance)
+            calls = handle.stats().sparse_calls - before.sparse_calls
+            assert (handle.step, calls) == (49, 38 * evaluations * len(handle.layers))
+    assert len(set(timesteps)) < 50
+
+
 def test_a_generation_that_starts_less_noisy_than_the_last_one_ended_begins_anew():
     pipe = SD15.pipe()
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
