@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,10 @@ class Stopped(BaseException):
         self.number, self.step, self.saved = number, step, saved
 
 
+def _stop_at_once(number: int, frame: Any) -> None:
+    raise Stopped(number, 0, saved=False)
+
+
 class Checkpoints(pl.Callback):
     """Saves `last` every so many steps, every epoch and on SIGTERM and SIGINT; `best` by the task's metric.
 
@@ -70,6 +76,21 @@ class Checkpoints(pl.Callback):
         self.loader.share(trainer.global_rank, trainer.world_size)
         if trainer.is_global_zero:
             sweep(self.folder)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Answer SIGTERM and SIGINT with Stopped: until the first step at once, from then on after a step."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # Without this Lightning would end by SIGINT with status 1, and leave the processes it had started
+        # waiting for one that SIGTERM had ended.
+        before = {each: signal.signal(each, _stop_at_once) for each in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.step = trainer.global_step

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from zoo.errors import ConfigError, IntegrityError, ZooError
+from zoo.errors import ConfigError, IntegrityError, ResourceError, ZooError
 from zoo.recipes import pictures
 from zoo.recipes import run_folder as runs
 from zoo.recipes.checkpoints import BEST, LAST, Checkpoints, Stopped
@@ -29,9 +30,11 @@ from zoo.recipes.run_folder import load_trained
 from zoo.recipes.schema import Recipe
 from zoo.recipes.tasks import task_of
 from zoo.recipes.tasks.base import Evaluation, Task
-from zoo.recipes.trainer import build_trainer, quiet
+from zoo.recipes.trainer import build_trainer, end_others, is_lost_connection, quiet
 from zoo.recipes.training import Training
 from zoo.recipes.tuning import with_found_rate
+
+ENDING = 20.0  # seconds that the processes of a training have to end after the first of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +130,11 @@ def _train(
         resumed_at = content["global_step"] if content is not None else None
         trainer = build_trainer(made, task, folder, checkpoints, resumed_at=resumed_at, begin=begin)
         try:
-            trainer.fit(module, loader, val_loader, ckpt_path=checkpoint)
-        except Stopped as stopped:
-            _end_by_signal(stopped, folder)
+            with checkpoints.listening():
+                trainer.fit(module, loader, val_loader, ckpt_path=checkpoint)
+        except BaseException as error:
+            _end_together(error, trainer, folder)
+            raise
         finally:
             module.watch_readers()
             loader.close()
@@ -244,11 +249,36 @@ def _loaders(
     return loader, EpochLoader(val_images, for_val, batch_size=val_batch, **common)
 
 
+def _end_together(error: BaseException, trainer: Trainer, folder: Path) -> None:
+    """End the processes that Lightning started, and say what an error only hints at."""
+    at_once = isinstance(error, Stopped) and not error.saved
+    statuses = end_others(trainer, wait=0 if at_once else ENDING)
+    if isinstance(error, Stopped):
+        _end_by_signal(error, folder)
+    if not is_lost_connection(error):
+        return
+    told = [status for status in statuses if status > 0]
+    killed = [signal.Signals(-status).name for status in statuses if status < 0]
+    if told:  # by that process
+        raise SystemExit(told[0]) from None
+    if killed:
+        raise ResourceError(
+            f"a process of this training was killed by {killed[0]}, often for want of memory; lower "
+            f"data.batch_size or data.workers, and go on with --resume {folder}"
+        ) from None
+    if trainer.local_rank and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
+        raise SystemExit(1) from None  # the process that started this one tells
+    raise ZooError(
+        f"another process of this training has ended and says why; go on with --resume {folder}"
+    ) from None
+
+
 def _end_by_signal(stopped: Stopped, folder: Path) -> None:
     if rank_zero_only.rank == 0:
         name = signal.Signals(stopped.number).name
         when = f"after step {stopped.step}, which is saved" if stopped.saved else "at once, without saving"
-        say(f"stopped by {name} {when}; go on with --resume {folder}")
+        begun = (folder / "config.yaml").exists()
+        say(f"stopped by {name} {when}" + (f"; go on with --resume {folder}" if begun else ""))
     if stopped.number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + stopped.number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,12 @@ def build_trainer(
             accumulate_grad_batches=optim.accumulate,
             gradient_clip_val=optim.clip_grad,
             # In this order: the report reads what the other one clears.
-            callbacks=[Beginning(begin_all, folder / MODEL), Report(task.monitor, task.label), checkpoints],
+            callbacks=[
+                Beginning(begin_all, folder / MODEL),
+                Report(task.monitor, task.label),
+                checkpoints,
+                Ending(),
+            ],
             logger=[metrics, TensorBoard(folder / "tensorboard", resumed_at and resumed_at + 1)],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder,
@@ -94,6 +100,38 @@ class Beginning(pl.Callback):
         if trainer.is_global_zero and not self.trains:
             self.model.unlink(missing_ok=True)
         self.trains = True
+
+
+class Ending(pl.Callback):
+    """Keeps this process alive to tell why it ends.
+
+    Lightning kills it without a word as soon as it sees that one of those it started has failed.
+    """
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        launcher = trainer.strategy.launcher
+        if watched := getattr(launcher, "procs", None):
+            launcher.procs = [*watched]
+            watched.clear()
+
+
+def end_others(trainer: pl.Trainer, *, wait: float) -> list[int]:
+    """Wait some seconds for the processes that Lightning started, then kill them; return their statuses."""
+    others = getattr(trainer.strategy.launcher, "procs", [])
+    for other in others:
+        try:
+            other.wait(wait)
+        except subprocess.TimeoutExpired:
+            other.kill()
+            other.wait()
+    return [other.returncode for other in others]
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Tell whether an error only says that another process of the training has ended."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
 
 
 @contextmanager

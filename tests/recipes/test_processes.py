@@ -1,8 +1,10 @@
-"""Two processes are one: the same losses and weights, and one writer, by DDP and by FSDP."""
+"""Two processes are one: the same losses and weights, one writer, one end; by DDP and by FSDP."""
 
 from __future__ import annotations
 
 import csv
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +35,23 @@ StrategyRegistry.register("fsdp_on_cpu", OnCpu, process_group_backend="gloo")
 file, folder, *overrides = sys.argv[1:]
 api.train(api.recipe(file, overrides), run_dir=folder)
 """
+# What goes wrong in one of two processes, which is told by its number.
+FAULT = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from zoo.cli import main
+from zoo.recipes import training
+
+fault, *arguments = sys.argv[1:]
+second = os.environ.get("LOCAL_RANK") == "1"
+if fault == "killed" and second:
+    training.Training.training_step = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if fault == "terminated" and not second:
+    torch.distributed.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(main(arguments))
+"""
+DDP = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp"]
 RECIPE = ["augment.mixup=0", "augment.cutmix=0", "model.drop_path_rate=0", "optim.ema=null"]
 
 
@@ -80,3 +99,30 @@ def test_two_processes_are_one_with_the_same_global_batch(pair, single, strategy
     assert distance(two, single) < 1e-5
     rows = (two / "metrics.csv").read_text().splitlines()
     assert len(rows) == len(set(rows)) == 9, "one of them writes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "status", "sentence"),
+    [
+        ("bad image", 3, "error: .*cannot be read as an image"),
+        ("killed", 5, "error: a process of this training was killed by SIGKILL"),
+        ("terminated", 143, "stopped by SIGTERM at once, without saving$"),  # the other one waits for it
+    ],
+)
+def test_what_ends_one_of_two_processes_is_told_once_and_leaves_none(
+    recipe_file, image_folder, tmp_path, fault, status, sentence
+):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    if fault == "bad image":
+        (images / "train/dark/03.png").write_text("no image")
+    script = tmp_path / "fault.py"
+    script.write_text(FAULT)
+    arguments = ["train", str(recipe_file), *DDP, "data.batch_size=4", f"data.root={images}", "--run-dir"]
+    command = [sys.executable, str(script), fault, *arguments, str(tmp_path / "run")]
+    # It returns when the last process has closed its output.
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == status, result.stderr
+    told = [line for line in result.stderr.splitlines() if "images to train" not in line]
+    assert len(told) == 1 and re.match(sentence, told[0]), result.stderr

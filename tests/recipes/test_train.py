@@ -29,6 +29,7 @@ from zoo.recipes.schema import RECIPES, Optim
 from zoo.recipes.tasks import classification
 from zoo.recipes.tasks.classification import Classification
 from zoo.recipes.train import train
+from zoo.recipes.trainer import Beginning
 from zoo.recipes.training import Training, schedule
 
 STEPS = 6  # of the small recipe: three in each of two epochs
@@ -173,6 +174,17 @@ def test_sigterm_in_a_validation_is_followed_by_that_validation(run, finished, a
         run("validating")
     run("validating", resume=tmp_path / "validating")
     assert_same(finished, tmp_path / "validating")
+
+
+@pytest.mark.parametrize(("stop", "ending"), [(interrupt, KeyboardInterrupt), (terminate, SystemExit)])
+def test_a_signal_before_the_first_step_ends_at_once(run, monkeypatch, capsys, stop, ending):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(Beginning, "on_fit_start", lambda *_: stop())
+    with pytest.raises(ending) as raised:
+        run("early")
+    assert stop is interrupt or raised.value.code == 143
+    assert capsys.readouterr().err.endswith("at once, without saving\n"), "there is nothing to go on with"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_sigint_saves_and_raises_keyboard_interrupt(run, finished, at_step, tmp_path):
