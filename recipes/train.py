@@ -236,17 +236,23 @@ def _loaders(
     common = {
         "seed": made.seed,
         "workers": data.workers,
-        "on_bad": bad_images if data.bad_images == "skip" else None,
     }
+    on_bad = on_bad_val = None
+    if data.bad_images == "skip":
+        # Every process validates all images, and one tells of them.
+        on_bad = on_bad_val = bad_images
+        if rank_zero_only.rank != 0:
+            on_bad_val = BadImages(data.max_bad, tells=False)
     for_train, for_val = task.transforms(made, settings)
     weights = None
     if getattr(data, "balance", 0):
         weights = balanced([train_images.target(i) for i in range(len(train_images))], data.balance)
     loader = EpochLoader(
-        train_images, for_train, batch_size=data.batch_size, train=True, weights=weights, **common
-    )
+        train_images, for_train, batch_size=data.batch_size, train=True, weights=weights,
+        on_bad=on_bad, **common,
+    )  # fmt: skip
     val_batch = data.val_batch_size if data.val_batch_size is not None else data.batch_size
-    return loader, EpochLoader(val_images, for_val, batch_size=val_batch, **common)
+    return loader, EpochLoader(val_images, for_val, batch_size=val_batch, on_bad=on_bad_val, **common)
 
 
 def _end_together(error: BaseException, trainer: Trainer, folder: Path) -> None:

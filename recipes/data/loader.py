@@ -253,11 +253,12 @@ def balanced(labels: Sequence[int], strength: float) -> list[float]:
 class BadImages:
     """Counts the images that cannot be read, lists them in a file, and stops where they are too many.
 
-    Raises DataError above `share` of the images, and never for fewer than six.
+    Raises DataError above `share` of the images, and never for fewer than six. `tells` is False where another
+    process tells of the same images.
     """
 
-    def __init__(self, share: float, file: Path | None = None) -> None:
-        self.share, self.file = share, file
+    def __init__(self, share: float, file: Path | None = None, *, tells: bool = True) -> None:
+        self.share, self.file, self.tells = share, file, tells
         self.found: set[str] = set()
 
     def __call__(self, images: Images, bad: BadImage) -> None:
@@ -266,13 +267,20 @@ class BadImages:
             return
         self.found.add(name)
         reason = bad.reason.replace(images.describe(bad.index), name)
-        if self.file is not None:
-            with self.file.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(reason + "\n")
-        print(f"skipped: {reason}", file=sys.stderr, flush=True)
+        if self.tells:
+            self._list(reason)
+            print(f"skipped: {reason}", file=sys.stderr, flush=True)
         allowed = max(5, self.share * len(images))
         if len(self.found) > allowed:
             raise DataError(
                 f"{len(self.found)} of {len(images):,} images cannot be read, more than "
                 f"data.max_bad={self.share:g}; the last: {bad.reason}"
             )
+
+    def _list(self, reason: str) -> None:
+        if self.file is None:
+            return
+        with self.file.open("a+", encoding="utf-8", errors="backslashreplace") as file:
+            file.seek(0)
+            if f"{reason}\n" not in file:  # before the run was stopped
+                file.write(f"{reason}\n")

@@ -126,3 +126,19 @@ def test_what_ends_one_of_two_processes_is_told_once_and_leaves_none(
     assert result.returncode == status, result.stderr
     told = [line for line in result.stderr.splitlines() if "images to train" not in line]
     assert len(told) == 1 and re.match(sentence, told[0]), result.stderr
+
+
+@pytest.mark.slow
+def test_what_one_or_both_of_two_processes_skip_is_told_once(recipe_file, image_folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    bad = ["train/dark/03.png", "val/light/02.png"]
+    for name in bad:
+        (images / name).write_text("no image")
+    arguments = ["train", str(recipe_file), *DDP, "data.batch_size=4", f"data.root={images}"]
+    arguments += ["data.bad_images=skip", "optim.epochs=1", "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "zoo", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^skipped: (\S+)", result.stderr, re.MULTILINE) == bad
+    assert [line.split()[0] for line in (tmp_path / "run/bad_files.txt").read_text().splitlines()] == bad

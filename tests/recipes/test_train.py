@@ -669,6 +669,16 @@ def test_bad_images_are_skipped_and_listed_when_asked(run, image_folder, tmp_pat
     assert (result.evaluation.images, result.evaluation.skipped) == (7, 3)
 
 
+def test_bad_images_are_listed_once_however_often_a_run_goes_on(run, image_folder, tmp_path):
+    folder = tmp_path / "some-bad"
+    shutil.copytree(image_folder, folder)
+    (folder / "val" / "light" / "02.png").write_bytes(b"<html>")
+    skipping = (f"data.root={folder}", "data.bad_images=skip")
+    run("lenient", *skipping, "optim.epochs=1")
+    run("lenient", *skipping, resume=tmp_path / "lenient")
+    assert (tmp_path / "lenient" / "bad_files.txt").read_text().count("\n") == 1
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_resume(recipe_file, tmp_path):
     """Lightning starts the second process; both agree on the folder, and one of them writes."""
