@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -32,6 +34,7 @@ from zoo.recipes.schema import Diffusion
 from zoo.recipes.tasks import generation
 from zoo.recipes.tasks.generation import Generation
 
+PAGE = Path(__file__).resolve().parents[3] / "recipes" / "README.md"
 OBJECTIVES = ("rectified_flow", "ddpm_epsilon", "ddpm_v")
 RECIPE = """
 task: generation
@@ -369,6 +372,18 @@ def test_a_saved_pipeline_makes_what_the_run_makes(made):
     assert pixels.shape == (1, 16, 16, 3) and pixels.min() >= 0 and pixels.max() <= 1
     model = diffusers.AutoModel.from_pretrained(str(made / "diffusers"), subfolder="transformer")
     assert isinstance(model, zoo.diffusion.DiTModel)
+
+
+def test_diffusers_loads_a_run_in_a_fresh_interpreter_as_the_page_of_recipes_says(made, tmp_path):
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    parts = [
+        part for part in block.split("\n\n") if part.startswith(("import", "from")) or "runs/dit" in part
+    ]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "dit").symlink_to(made)
+    command = [sys.executable, "-c", "\n".join(parts)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "ImagePipeline" in parts[-1] and result.returncode == 0, result.stderr[-2000:]
 
 
 def test_a_pipeline_leaves_the_mode_of_its_model_and_follows_offloading(made, monkeypatch):
