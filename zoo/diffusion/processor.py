@@ -185,8 +185,9 @@ class Processor:
         )  # fmt: skip
         if torch.compiler.is_compiling():
             return compute()
-        if running_backward() == self.state.task:
-            if not self.state.is_read:
+        task = running_backward()
+        if task == self.state.task:
+            if task == -1 and not self.state.is_read:
                 raise self.unread(hidden_states.shape[1])
             return compute()
         with self.state.as_in(self.state.of_this_backward(remembers=self.memory is not None)):
