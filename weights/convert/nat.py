@@ -46,6 +46,8 @@ def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 renamed[name] = value
         elif part[1] == "query":
             stem = key[: key.index(".self.query.")]
-            whole = [state[f"{stem}.self.{which}.{part[2]}"] for which in ("query", "key", "value")]
-            renamed[f"{name[: part.start()]}.attn.qkv.{part[2]}"] = torch.cat(whole)
+            names = [f"{stem}.self.{which}.{part[2]}" for which in ("query", "key", "value")]
+            if all(each in state for each in names):  # else the loader says that the whole is missing
+                whole = torch.cat([state[each] for each in names])
+                renamed[f"{name[: part.start()]}.attn.qkv.{part[2]}"] = whole
     return renamed

@@ -137,7 +137,7 @@ def test_the_global_isotropic_model_says_which_size_it_takes():
         model(torch.zeros(1, 3, 256, 224))
 
 
-def test_hugging_face_names_become_the_published_ones():
+def test_hugging_face_names_become_the_published_ones(tmp_path):
     from zoo.weights.convert.nat import from_huggingface
 
     model = zoo.create_model("nat_digits", layer_scale=1e-5)
@@ -173,6 +173,10 @@ def test_hugging_face_names_become_the_published_ones():
     back = from_huggingface(theirs)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], value) for key, value in state.items())
+    del theirs["nat.encoder.levels.0.layers.0.attention.self.key.weight"]
+    torch.save(theirs, tmp_path / "cut.bin")
+    with pytest.raises(zoo.IntegrityError, match="1 missing: levels.0.blocks.0.attn.qkv.weight"):
+        zoo.load_checkpoint(model, tmp_path / "cut.bin")
 
 
 @pytest.mark.parametrize(
