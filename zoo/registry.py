@@ -304,7 +304,13 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, *, strict: bo
             "call to_empty(device=...) before loading"
         )
     if hasattr(target, "filter_checkpoint"):
-        state = target.filter_checkpoint(state, target)
+        try:
+            state = target.filter_checkpoint(state, target)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # by shapes that no such file has
+            raise IntegrityError(
+                f"{source} has the names of {type(target).__name__} but not its shapes "
+                f"({str(error).splitlines()[0]}); use the model the file was made with"
+            ) from error
     own = target.state_dict()
     state = _first_convolution_for_channels(target, dict(state), own)
     skipped = _classifier_of_other_classes(target, state, own)

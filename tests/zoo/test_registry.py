@@ -230,6 +230,24 @@ def test_files_load_whatever_their_wrapper(model, wrap, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("dat_digits", "stages.2.attns.0.rpe_table"),
+        ("agent_digits", "layers.2.blocks.0.attn.wa_bias"),
+        ("nat_digits", "nat.encoder.levels.0.layers.0.attention.self.{}.weight"),
+    ],
+)
+def test_shapes_that_no_layout_has_are_told_of_their_file(name, key, tmp_path):
+    target = zoo.create_model(name)
+    own = target.state_dict()
+    empty = own[key][:0] if key in own else torch.tensor(1.0)
+    state = own | {key.format(part): empty for part in ("query", "key", "value")}
+    message = f"w.pth has the names of {type(target).__name__} but not its shapes"
+    with pytest.raises(zoo.IntegrityError, match=message):
+        zoo.load_checkpoint(target, saved(tmp_path / "w.pth", state))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda s: {k: v for k, v in s.items() if "rpb" not in k}, "4 missing: levels.0.blocks.0.attn.rpb"),
