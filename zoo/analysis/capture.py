@@ -15,7 +15,7 @@ from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision
 from torch import Tensor, nn
 
 from zoo import ops
-from zoo.analysis.tokens import GroupAttention, TokenAttention, from_record
+from zoo.analysis.tokens import GroupAttention, TokenAttention, from_record, in_float32
 from zoo.attention import AttentionRecord, capture_attention
 from zoo.errors import ConfigError
 
@@ -309,6 +309,7 @@ def _times_gradient(
     gradient: Tensor,
 ) -> TokenAttention:
     """The attention of a record with (weight * gradient)+ for weights."""
+    record = in_float32(record)
     if heads_first:
         v, out, gradient = (x.transpose(1, 2) for x in (v, out, gradient))
     elif len(v) != len(record.weights):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,10 +104,11 @@ class GroupAttention:
 
 
 def from_record(name: str, record: AttentionRecord, mechanism: str) -> TokenAttention | GroupAttention:
-    """Bring a record of `capture_attention` into the common form; queries of padding are left out.
+    """Bring a record of `capture_attention` into the common form, in float32, without queries of padding.
 
     Raises: ConfigError for a record that does not say where its keys lie.
     """
+    record = in_float32(record)
     if "channel" in record.axes:
         return GroupAttention(name, mechanism, record.weights, record.grid)
     if len(record.grid) != 2:
@@ -142,6 +143,12 @@ def from_record(name: str, record: AttentionRecord, mechanism: str) -> TokenAtte
     keys = torch.where(inside, rows * record.image[1] + columns, -1)
     keys = keys.unflatten(1, record.grid)[:, : record.image[0], : record.image[1]].flatten(1, 2)
     return TokenAttention(weights=by_query, keys=keys[:, None], **common)
+
+
+def in_float32(record: AttentionRecord) -> AttentionRecord:
+    """The record with weights in float32: those of a model in float64 are, by mechanism, in either."""
+    agents = None if record.agents is None else record.agents.float()
+    return replace(record, weights=record.weights.float(), agents=agents)
 
 
 def _from_points(weights: Tensor, record: AttentionRecord, common: dict[str, object]) -> TokenAttention:
