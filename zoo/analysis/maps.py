@@ -55,7 +55,7 @@ def choose_block(blocks: dict[str, BlockAttention], block: str | int | None = No
     text = str(block)
     if text in blocks:
         return blocks[text]
-    if text.lstrip("-").isdigit() and -len(names) <= int(text) < len(names):
+    if text.removeprefix("-").isdecimal() and -len(names) <= int(text) < len(names):
         return blocks[names[int(text)]]
     raise ConfigError(
         f"no attention block {text!r} in this model, which has {len(names)}: a number from 0 or a name "
@@ -175,8 +175,9 @@ def gradient_relevance(
         with torch.enable_grad(), weights_with_gradient(model) as blocks_of:
             last = _last_map(model, images) if guided else None
             logits = model(images) if last is None else model.forward_head(last)
-            if logits.ndim != 2 or logits.shape[1] < 1:
-                raise ConfigError(f"relevance needs class scores [B, classes], found {tuple(logits.shape)}")
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 1:
+                raise ConfigError(f"relevance needs class scores [B, classes], found {found}")
             classes = _classes(logits, target)
             score = logits.gather(1, classes[:, None])[:, 0]
             cam = None if last is None else _grad_cam(last, score)

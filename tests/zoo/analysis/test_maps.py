@@ -246,6 +246,11 @@ def test_what_cannot_be_answered_is_refused_in_one_line(digits):
         analysis.block_attention(digits, images[0])
     with pytest.raises(zoo.ConfigError, match="did you mean levels.0.blocks.0.attn"):
         analysis.choose_block(analysis.block_attention(digits, images), "levels.0.block.0.attn")
+    for number in ("--1", "²"):
+        with pytest.raises(zoo.ConfigError, match=f"no attention block '{number}' in this model"):
+            analysis.choose_block(analysis.block_attention(digits, images), number)
+    with pytest.raises(zoo.ConfigError, match=r"needs class scores \[B, classes\], found list"):
+        analysis.gradient_relevance(zoo.create_model("nat_digits", features_only=True), images)
     with pytest.raises(zoo.ConfigError, match="target must be from 0 to 9"):
         analysis.gradient_relevance(digits, images, target=10)
     for target in (1.5, True, torch.tensor([1, 2, 3]), torch.tensor([[1], [2]])):
@@ -307,3 +312,12 @@ def test_every_shipped_model_can_be_looked_at(name):
     for function in (analysis.attention_rollout, analysis.gradient_relevance):
         found = function(model, images)
         assert found.isfinite().all() and found.min() >= 0 and found.max() > 0
+
+
+@pytest.mark.parametrize("name", zoo.list_models("*_digits", task="classification", pretrained=True))
+def test_a_model_in_float64_attends_as_in_float32(name):
+    model = zoo.create_model(name, pretrained=True).eval()
+    images = torch.randn(1, 3, *model.default_cfg["input_size"][1:])
+    for function in (analysis.attention_rollout, analysis.gradient_relevance):
+        single, double = function(model.float(), images), function(model.double(), images.double())
+        torch.testing.assert_close(double, single, rtol=1e-3, atol=1e-5)
