@@ -129,6 +129,7 @@ def _train(
             )
         resumed_at = content["global_step"] if content is not None else None
         trainer = build_trainer(made, task, folder, checkpoints, resumed_at=resumed_at, begin=begin)
+        _refuse_idle_processes(loader, trainer.world_size)
         try:
             with checkpoints.listening():
                 trainer.fit(module, loader, val_loader, ckpt_path=checkpoint)
@@ -253,6 +254,16 @@ def _loaders(
     )  # fmt: skip
     val_batch = data.val_batch_size if data.val_batch_size is not None else data.batch_size
     return loader, EpochLoader(val_images, for_val, batch_size=val_batch, on_bad=on_bad_val, **common)
+
+
+def _refuse_idle_processes(loader: EpochLoader, processes: int) -> None:
+    """Raise ConfigError where a process would have no image of the only step, and the others wait for it."""
+    size, images = loader.batches.batch_size, len(loader.images)
+    if images <= size * (processes - 1):
+        raise ConfigError(
+            f"data.batch_size={size} in each of {processes} processes leaves none of the {images} training "
+            f"images to the last; lower it, to {max(1, images // processes)} at most to share them evenly"
+        )
 
 
 def _end_together(error: BaseException, trainer: Trainer, folder: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from safetensors.torch import load_file
 from stops import Killed, interrupt, kill, terminate
 from timm.scheduler import CosineLRScheduler
@@ -667,6 +668,16 @@ def test_bad_images_are_skipped_and_listed_when_asked(run, image_folder, tmp_pat
         "train/dark/03.png", "val/light/02.png", "val/light/03.png", "val/light/04.png",
     ]  # fmt: skip
     assert (result.evaluation.images, result.evaluation.skipped) == (7, 3)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(24, True), (26, False)])
+def test_a_batch_that_leaves_a_process_without_an_image_is_refused(run, monkeypatch, size, fits):
+    """There are 26; the others would wait for it for ever."""
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: kill())
+    refused = pytest.raises(Killed) if fits else pytest.raises(ConfigError, match="lower it, to 13 at most")
+    with refused:
+        run("many", f"data.batch_size={size}", "trainer.devices=2", "trainer.strategy=ddp",
+            "trainer.accelerator=cpu")  # fmt: skip
 
 
 def test_bad_images_are_listed_once_however_often_a_run_goes_on(run, image_folder, tmp_path):
