@@ -26,7 +26,7 @@ COPIED_TOKEN = 32.0  # cost of copying one token into a tile, in query-key produ
 BAND = 2  # rows of queries that are taken together
 # What bands and tiles cost beside their products: a token that the fused call reads or writes, which takes
 # some queries at once and reads all keys for them; a token that is copied before and after; a call.
-READ_TOKEN, MOVED_TOKEN, CALL = 32, 97, 20_000
+READ_TOKEN, MOVED_TOKEN, CALL = 32, 60, 20_000
 QUERIES_AT_ONCE = ((192, 32), (768, 64), (float("inf"), 256))  # in a call of fewer than so many
 TOKENS_AT_ONCE = (
     2048  # images are taken together until they have so many: fewer calls, yet the cache holds them
