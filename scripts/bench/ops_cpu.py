@@ -238,8 +238,9 @@ def _model_calls(case: ModelCase, side: str, clock: Clock) -> dict[str, Callable
     attention = OPERATIONS[case.op][side]
 
     def attend(q: Tensor, *others: object, **options: object) -> Tensor:
+        given = {name: option for name, option in options.items() if option is not None}
         with clock if tuple(q.shape[1:3]) == case.grid else nullcontext():
-            return attention(q, *others, **options)
+            return attention(q, *others, **given)
 
     setattr(ops, case.op, attend)
     whole = clock if case.grid is None else nullcontext()

@@ -14,7 +14,6 @@ def gather_regions(
     regions: int | tuple[int, int],
     *,
     scale: float | None = None,
-    route_weights: None = None,
 ) -> Tensor:
     """Copy the keys and values of the chosen regions for every region, then two products, as published."""
     batch, rows, columns, heads, width = q.shape
