@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Averaged weights first.
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+WRAPPERS = ("state_dict_ema", "model_ema", "params_ema", "ema")
+WRAPPERS += ("state_dict", "model", "model_state_dict", "net", "module", "params")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning and timm
 MARGIN = 64 << 20  # bytes that tensors may claim beyond four times their file, for tied and expanded ones
 
@@ -192,17 +193,12 @@ def _unwrap(content: Any, name: str) -> dict[str, Tensor]:
     """Find the state dict in what training scripts save around it."""
     import torch
 
-    for _ in range(3):
-        wrapped = content if isinstance(content, dict) else {}
-        inner = next((wrapped[key] for key in WRAPPERS if isinstance(wrapped.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    values = content.values() if isinstance(content, dict) else ()
-    if not any(isinstance(value, torch.Tensor) for value in values):
-        kind = f"keys {', '.join(map(str, list(content)[:5]))}" if values else type(content).__name__
+    found = _state_dict_in(content, 3)
+    if found is None:
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else ""
+        kind = f"keys {keys}" if keys else type(content).__name__
         raise IntegrityError(f"{name} holds no state dict (found {kind}); looked under {', '.join(WRAPPERS)}")
-    state = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    state = {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
     if len(state) > 1:
         state.pop("n_averaged", None)  # what torch.optim.swa_utils.AveragedModel counts with
     while True:  # one around the other, in any order
@@ -210,3 +206,16 @@ def _unwrap(content: Any, name: str) -> dict[str, Tensor]:
         if prefix is None:
             return state
         state = {key[len(prefix) :]: value for key, value in state.items()}
+
+
+def _state_dict_in(content: Any, depth: int) -> dict[Any, Any] | None:
+    """The first of the wrappers that holds tensors, or the content itself if it does, else None."""
+    import torch
+
+    if not isinstance(content, dict):
+        return None
+    inside = (_state_dict_in(content.get(key), depth - 1) for key in WRAPPERS) if depth else ()
+    found = next((state for state in inside if state is not None), None)
+    if found is None and any(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    return found

@@ -210,6 +210,10 @@ def saved(path, content):
         lambda s: {"model": s, "epoch": 3},
         lambda s: {"state_dict": s},
         lambda s: {"state_dict_ema": s, "state_dict": {k: v * 0 for k, v in s.items()}},
+        lambda s: {"model": {k: v * 0 for k, v in s.items()}, "ema": s, "opt": {"state": {}}},
+        lambda s: {"params": {k: v * 0 for k, v in s.items()}, "params_ema": s},
+        lambda s: {"module": s, "epoch": 3},
+        lambda s: {"state_dict_ema": {}, "ema": {"decay": 0.99}, "state_dict": s},
         lambda s: {"module." + k: v for k, v in s.items()},
         lambda s: {"state_dict": {"module." + k: v for k, v in s.items()}},
         lambda s: {"_orig_mod.module." + k: v for k, v in s.items()},
@@ -219,7 +223,8 @@ def saved(path, content):
         lambda s: {**s, "levels.0.blocks.0.attn.relative_position_index": torch.zeros(4, 4)},
     ],
     ids=[
-        *("bare", "model", "state_dict", "ema first", "DataParallel", "both", "compiled DataParallel"),
+        *("bare", "model", "state_dict", "ema first", "ema and model", "params", "module", "empty ema"),
+        *("DataParallel", "both", "compiled DataParallel"),
         *("Lightning", "AveragedModel", "model_state_dict", "derived buffer"),
     ],
 )

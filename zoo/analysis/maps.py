@@ -167,12 +167,17 @@ def gradient_relevance(
     Source: Chefer et al. 2021 (arXiv:2103.15679) Sec. 3.1, Eq. 5 and 6; guided: Selvaraju et al. 2017
     (arXiv:1610.02391) Sec. 3, Eq. 1 and 2, Sec. 3.2.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: nothing compiled runs here
     training = model.training
     model.eval()
     try:
-        # Of the image too, so that a model with frozen parameters has gradients inside.
-        images = images.detach().requires_grad_(True)
-        with torch.enable_grad(), weights_with_gradient(model) as blocks_of:
+        with (
+            torch.inference_mode(False),  # where there would be no gradients at all
+            torch.enable_grad(),
+            weights_with_gradient(model) as blocks_of,
+        ):
+            # Of the image too, so that a model with frozen parameters has gradients inside.
+            images = images.detach().clone().requires_grad_(True)
             last = _last_map(model, images) if guided else None
             logits = model(images) if last is None else model.forward_head(last)
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

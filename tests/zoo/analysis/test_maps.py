@@ -238,6 +238,16 @@ def test_relevance_of_the_shipped_model_lies_on_the_digit(name):
     assert inside.mean() > 1.2 * ink.float().mean()
 
 
+@pytest.mark.parametrize("of", ["zoo", "timm"])
+def test_relevance_is_the_same_for_a_compiled_model_and_under_inference_mode(digits, of):
+    name, images = "vit_tiny_patch16_224", torch.randn(2, 3, 64, 64)
+    model = digits if of == "zoo" else timm.create_model(name, **SMALL_TIMM[name]).eval()
+    expected = analysis.gradient_relevance(model, images)
+    assert torch.equal(analysis.gradient_relevance(torch.compile(model), images), expected)
+    with torch.inference_mode():
+        assert torch.equal(analysis.gradient_relevance(model, images.clone()), expected)
+
+
 def test_what_cannot_be_answered_is_refused_in_one_line(digits):
     images = torch.randn(1, 3, 32, 32)
     with pytest.raises(zoo.ConfigError, match="ResNet has no attention known here; known are the zoo's own"):
