@@ -13,6 +13,7 @@ import io
 import re
 import zipfile
 from collections import OrderedDict
+from os import PathLike
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises: ConfigError for a path that is no file; IntegrityError for a file that is damaged, is not a
     weights file, or would run code.
     """
+    if not isinstance(path, str | PathLike):
+        raise ConfigError(f"a weights file is named by its path, found {path!r}")
     path = Path(path).expanduser()
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the weights file inside it")

@@ -37,9 +37,9 @@ class ResourceError(ZooError):
     exit_code = 5
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
+def did_you_mean(name: object, choices: Iterable[str]) -> str:
     """Return `"; did you mean a or b?"` for the choices nearest to `name`, or an empty string."""
-    near = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), list(choices), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

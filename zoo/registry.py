@@ -200,12 +200,12 @@ def list_models(
         raise ConfigError(f"pattern must be a text such as 'dinat*', found {pattern!r}")
     entries = _all().values()
     for argument, value, known in (
-        ("family", family, {entry.family for entry in entries}),
-        ("task", task, {entry.task for entry in entries}),
+        ("family", family, sorted({entry.family for entry in entries})),
+        ("task", task, sorted({entry.task for entry in entries})),
     ):
         if value is not None and value not in known:
             raise ConfigError(
-                f"unknown {argument} {value!r}; use {', '.join(sorted(known))}{did_you_mean(value, known)}"
+                f"unknown {argument} {value!r}; use {', '.join(known)}{did_you_mean(value, known)}"
             )
     names = (
         entry.name

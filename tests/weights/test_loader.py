@@ -137,6 +137,8 @@ def test_paths_that_are_no_files(tmp_path):
     (tmp_path / "nat.pth").touch()
     with pytest.raises(zoo.ConfigError, match="no weights file .*nat.pht; did you mean nat.pth"):
         loader.read_state_dict(tmp_path / "nat.pht")
+    with pytest.raises(zoo.ConfigError, match="named by its path, found 3"):
+        zoo.create_model("nat_digits", checkpoint_path=3)
     with pytest.raises(zoo.ConfigError, match="is a folder"):
         loader.read_state_dict(tmp_path)
 

@@ -23,6 +23,9 @@ def test_unknown_names_suggest_near_ones():
         zoo.list_models(family="nad")
     with pytest.raises(zoo.ConfigError, match="unknown task 'clasification'.*did you mean classification"):
         zoo.list_models(task="clasification")
+    for value in (3, ["nat"]):
+        with pytest.raises(zoo.ConfigError, match="unknown family .*use .*nat"):
+            zoo.list_models(family=value)
 
 
 def test_unknown_arguments_suggest_near_ones():

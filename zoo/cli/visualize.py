@@ -47,7 +47,7 @@ def visualize(
         bool, typer.Option("--random", help="Random weights: shapes without a download.")
     ] = False,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the image in pixels; else the model's own.")
+        int | None, typer.Option(min=1, max=4096, help="Side of the image in pixels; else the model's own.")
     ] = None,
     rule: Annotated[
         list[str] | None,
