@@ -15,7 +15,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def same_kind(**tensors: Tensor | None) -> list[Tensor | None]:
     """Return the tensors in the dtype of the call, see `dtype_of_call`."""
     dtype = dtype_of_call(**tensors)
-    return [None if x is None else x.to(dtype) for x in tensors.values()]
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors.values()]
 
 
 def dtype_of_call(**tensors: Tensor | None) -> torch.dtype:
@@ -124,10 +124,7 @@ def shows_values(x: Tensor) -> bool:
 
 def widened(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return tensors on a CPU in at least float32: half precision gains nothing there and rounds sums."""
-    return [
-        x if x is None or x.device.type != "cpu" else x.to(torch.promote_types(x.dtype, torch.float32))
-        for x in tensors
-    ]
+    return [x.float() if x is not None and x.is_cpu and x.dtype.itemsize < 4 else x for x in tensors]
 
 
 def all_finite(x: Tensor) -> bool:

@@ -31,8 +31,9 @@ def agent_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
-        # The fused kernels of a CPU take a mask of two or four axes.
-        bias = None if bias is None else bias.to(q.dtype)[(None,) * (4 - bias.ndim)]
+        if bias is not None:
+            # The fused kernels of a CPU take a mask of two or four axes that wants no gradient.
+            bias = bias.detach().to(q.dtype)[(None,) * (4 - bias.ndim)]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     # Where a bias wants its gradient, SDPA is slower than the two products. Agents are few: scale them.
     given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +86,18 @@ def test_gradients_of_every_input_are_right(backend):
 
     assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
+
+
+def test_biases_that_are_parameters_take_the_fused_path_where_no_gradient_is_taken():
+    q, k, _, agents = given = inputs()
+    bias_in, bias_out = (bias.requires_grad_() for bias in biases(q, k, agents))
+    options = {"bias_in": bias_in, "bias_out": bias_out}
+    expected = ops.agent_attention(*given, **options, backend="reference")
+    name = "torch.nn.functional.scaled_dot_product_attention"
+    with torch.no_grad(), mock.patch(name, wraps=F.scaled_dot_product_attention) as fused:
+        torch.testing.assert_close(ops.agent_attention(*given, **options), expected.detach())
+    assert len(fused.mock_calls) == 2
+    assert not any(call.kwargs["attn_mask"].requires_grad for call in fused.mock_calls)
 
 
 @pytest.mark.parametrize("learned", [(), ("in",), ("out",), ("in", "out")])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from zoo import ops
+from zoo.kernels.window import windows
 from zoo.kernels.window.windows import runs
 
 BACKENDS = ("sdpa", "reference")
@@ -69,6 +73,19 @@ def test_it_is_attention_under_the_rolled_mask(data):
         torch.testing.assert_close(lse, expected_lse)
         alone = ops.window_attention(q, k, v, window, shift=shift, bias=bias, backend=backend)
         torch.testing.assert_close(alone, expected)
+    at_once = data.draw(st.sampled_from([1, 2000, 1 << 20]))
+    with torch.no_grad(), mock.patch.object(windows, "BYTES_AT_ONCE", at_once):
+        in_parts = ops.window_attention(q, k, v, window, shift=shift, bias=bias, backend="sdpa")
+    torch.testing.assert_close(in_parts, expected)
+
+
+def test_a_bias_that_is_a_parameter_takes_the_fused_path_where_no_gradient_is_taken():
+    (q, k, v), bias = arguments(), torch.randn(4, 4, 4, dtype=torch.float64, requires_grad=True)
+    expected = ops.window_attention(q, k, v, 2, bias=bias, backend="reference")
+    name = "torch.nn.functional.scaled_dot_product_attention"
+    with torch.no_grad(), mock.patch(name, wraps=F.scaled_dot_product_attention) as fused:
+        torch.testing.assert_close(ops.window_attention(q, k, v, 2, bias=bias), expected.detach())
+    assert fused.called and not any(call.kwargs["attn_mask"].requires_grad for call in fused.mock_calls)
 
 
 @pytest.mark.parametrize(("length", "window", "shift"), [(14, 7, 0), (14, 7, 3), (7, 7, 4), (5, 1, 0)])
