@@ -24,18 +24,31 @@ def dtype_of_call(**tensors: Tensor | None) -> torch.dtype:
     The arguments are named as in the operation, which the errors repeat. Raises: ValueError for a tensor of
     another device, of another dtype without autocast, or of a dtype that is no floating point number.
     """
-    (first, lead), *_ = tensors.items()
-    mixed = autocasts(lead) and lead.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(lead.device.type) if mixed else lead.dtype
+    first, lead = next(iter(tensors.items()))
+    floating(first, lead)
+    dtype, device = lead.dtype, lead.device
+    mixed = autocasts(lead) and dtype != torch.float64
     for name, x in tensors.items():
-        if x is None:
+        if x is None or (x.dtype == dtype and x.device == device):
             continue
-        floating(name, x)
-        if x.device != lead.device:
-            raise ValueError(f"{name} must be on {first}'s device {lead.device}, found {x.device}")
-        if x.dtype != lead.dtype and not mixed:
-            raise ValueError(f"{name} must have {first}'s dtype {lead.dtype}, found {x.dtype}")
-    return dtype
+        beside(name, x, first, lead)
+        if not mixed:
+            raise ValueError(f"{name} must have {first}'s dtype {dtype}, found {x.dtype}")
+    return torch.get_autocast_dtype(device.type) if mixed else dtype
+
+
+def beside(name: str, x: Tensor, first: str, lead: Tensor) -> None:
+    """Raise ValueError unless `x` is on the device of the argument `first`; its dtype may be another."""
+    floating(name, x)
+    if x.device != lead.device:
+        raise ValueError(f"{name} must be on {first}'s device {lead.device}, found {x.device}")
+
+
+def broadcasts(name: str, x: Tensor, axes: str, wanted: tuple[int, ...]) -> None:
+    """Raise ValueError unless `x` broadcasts to the shape `wanted` of these axes."""
+    pairs = zip(x.shape[::-1], wanted[::-1], strict=False)
+    if x.ndim > len(wanted) or any(n not in (1, m) for n, m in pairs):
+        raise ValueError(f"{name} must broadcast to {axes} = {wanted}, found {tuple(x.shape)}")
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -103,6 +116,8 @@ def scale_or_default(scale: float | None, width: int) -> float:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is at work on the device of `x`."""
+    if not torch._C._is_any_autocast_enabled():  # most often, and asking about one device takes longer
+        return False
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

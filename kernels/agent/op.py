@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels import dispatch, tile
 from zoo.kernels.agent import reference, sdpa
-from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
+from zoo.kernels.checks import beside, broadcasts, same_kind, scale_or_default, without_autocast
 from zoo.kernels.dense import schema
 
 OP = "agent_attention"
@@ -58,7 +58,8 @@ def agent_attention(
     call = _check(q, k, v, agents, bias_in=bias_in, bias_out=bias_out, scale=scale)
     chosen, _ = dispatch.resolve(OP, backend, call)
     with without_autocast(q):
-        return chosen.run(call).to(call.q.dtype)
+        out = chosen.run(call)
+    return out if out.dtype == call.q.dtype else out.to(call.q.dtype)
 
 
 def explain(
@@ -112,14 +113,9 @@ def _check(
         ("bias_in", bias_in, "[B, H, A, M]", (batch, heads, count, keys)),
         ("bias_out", bias_out, "[B, H, N, A]", (batch, heads, queries, count)),
     ):
-        if bias is None:
-            continue
-        fits = zip(bias.shape[::-1], wanted[::-1], strict=False)
-        if not 2 <= bias.ndim <= 4 or any(n not in (1, m) for n, m in fits):
-            raise ValueError(f"{name} must broadcast to {axes} = {wanted}, found {tuple(bias.shape)}")
-        floating(name, bias)
-        if bias.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, found {bias.device}")
+        if bias is not None:
+            broadcasts(name, bias, axes, wanted)
+            beside(name, bias, "q", q)
     scale = scale_or_default(scale, width)
     q, k, v, agents = same_kind(q=q, k=k, v=v, agents=agents)
     return Call(q, k, v, agents, bias_in, bias_out, scale)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch, peers, tile
 from zoo.kernels.block_sparse import reference, schema
 from zoo.kernels.block_sparse.blocks import BlockList
-from zoo.kernels.checks import heads_last
+from zoo.kernels.checks import beside, heads_last, same_kind, scale_or_default, without_autocast
 
 OP = "block_sparse_attention"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,7 @@ def block_sparse_attention(
     """
     call = _check(q, k, v, blocks, scale=scale, bias=bias, return_lse=return_lse)
     chosen, _ = dispatch.resolve(OP, backend, call)
-    # The call's dtypes are settled; autocast must not change them inside.
-    with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
+    with without_autocast(q):
         out, lse = chosen.run(call)
     out = out.to(call.q.dtype)
     return (out, lse) if return_lse else out
@@ -100,23 +96,9 @@ def _check(
                 f"bias must be [B or 1, Hq or 1, N, M] = [{batch} or 1, {heads} or 1, {queries}, {keys}], "
                 f"found {tuple(bias.shape)}"
             )
-
-    dtype = q.dtype
-    if _autocasts(q) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-    for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
-        if x is None:
-            continue
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, found {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
-        if x.dtype != q.dtype and dtype == q.dtype and x is not bias:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, found {x.dtype}")
-    if isinstance(scale, Tensor):
-        raise ValueError("scale must be a number, found a tensor; multiply q by a learned scale instead")
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    scale = width**-0.5 if scale is None else float(scale)
+        beside("bias", bias, "q", q)
+    q, k, v = same_kind(q=q, k=k, v=v)
+    scale = scale_or_default(scale, width)
     return Call(q, k, v, blocks, scale, bias, return_lse)
 
 
@@ -151,11 +133,6 @@ def _check_blocks(blocks: BlockList, q: Tensor, keys: int) -> None:
     ):
         if segments is not None and segments.shape != (tokens,):
             raise ValueError(f"the groups of blocks.{name} hold {len(segments)} tokens, found {tokens}")
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 # Backends ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch, tile
-from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
+from zoo.kernels.checks import beside, broadcasts, floating, same_kind, scale_or_default, without_autocast
 from zoo.kernels.deformable import cpu, reference, schema
 
 SAMPLE, ATTENTION = "deformable_sample", "deformable_attention"
@@ -125,7 +125,7 @@ def _check_sample(x: Tensor, positions: Tensor) -> SampleCall:
         raise ValueError(f"x must be [B, Y, X, C] with at least one token, found shape {tuple(x.shape)}")
     _check_positions(positions, x.shape[0], None, x.shape[-1], "channels")
     floating("x", x)
-    _check_beside("positions", positions, x)
+    beside("positions", positions, "x", x)
     return SampleCall(x, positions)
 
 
@@ -168,15 +168,10 @@ def _check_attention(
     if positions is not None:
         _check_positions(positions, batch, keys, heads, "heads")
     if bias is not None:
-        wanted = (batch, heads, rows * columns, keys)
-        if bias.ndim > 4 or any(
-            n not in (1, m) for n, m in zip(bias.shape[::-1], wanted[::-1], strict=False)
-        ):
-            raise ValueError(f"bias must broadcast to [B, H, Y * X, N] = {wanted}, found {tuple(bias.shape)}")
-
+        broadcasts("bias", bias, "[B, H, Y * X, N]", (batch, heads, rows * columns, keys))
     for name, tensor in (("positions", positions), ("table", table), ("bias", bias)):
         if tensor is not None:
-            _check_beside(name, tensor, q)
+            beside(name, tensor, "q", q)
     q, k, v = same_kind(q=q, k=k, v=v)
     scale = scale_or_default(scale, width)
     return AttentionCall(q, k, v, positions, table, query_grid, bias, scale, return_lse)
@@ -191,13 +186,6 @@ def _check_positions(positions: Tensor, batch: int, keys: int | None, whole: int
         raise ValueError(f"positions must be as many as the {keys} keys, found {positions.shape[2]}")
     if positions.shape[1] == 0 or whole % positions.shape[1]:
         raise ValueError(f"the {positions.shape[1]} groups of positions must divide the {whole} {of}")
-
-
-def _check_beside(name: str, tensor: Tensor, tokens: Tensor) -> None:
-    """A tensor that may have a dtype of its own, but not a device."""
-    floating(name, tensor)
-    if tensor.device != tokens.device:
-        raise ValueError(f"{name} must be on the tokens' device {tokens.device}, found {tensor.device}")
 
 
 # Backends ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch, peers, tile
-from zoo.kernels.checks import floating, on_one_grid, same_kind, scale_or_default, without_autocast
+from zoo.kernels.checks import beside, on_one_grid, same_kind, scale_or_default, without_autocast
 from zoo.kernels.neighborhood import cpu, reference, schema
 from zoo.kernels.neighborhood.geometry import Axis, keys_of
 
@@ -144,9 +144,7 @@ def _check(
                 f"rpb must be [Hq, 2 * kernel_size - 1 per axis] = {table}, found {tuple(rpb.shape)}"
             )
 
-        floating("rpb", rpb)
-        if rpb.device != q.device:
-            raise ValueError(f"rpb must be on q's device {q.device}, found {rpb.device}")
+        beside("rpb", rpb, "q", q)
     scale = scale_or_default(scale, width)
     q, k, v, extra_k, extra_v = same_kind(q=q, k=k, v=v, extra_k=extra_k, extra_v=extra_v)
     return Call(q, k, v, axes, scale, rpb, extra_k, extra_v, return_lse)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch, tile
-from zoo.kernels.checks import dtype_of_call, floating, without_autocast
+from zoo.kernels.checks import beside, dtype_of_call, without_autocast
 from zoo.kernels.rotary_norm import cpu, reference, schema
 
 OP = "rotary_norm"
@@ -94,11 +94,9 @@ def _check(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | N
             raise ValueError(f"x must have pairs of channels for cos and sin, found {width} channels")
         wanted = (*x.shape[1:-2], width // 2)
         for name, angles in (("cos", cos), ("sin", sin)):
-            floating(name, angles)
+            beside(name, angles, "x", x)
             if tuple(angles.shape) != wanted:
                 raise ValueError(f"{name} must be [*tokens, D / 2] = {wanted}, found {tuple(angles.shape)}")
-            if angles.device != x.device:
-                raise ValueError(f"{name} must be on x's device {x.device}, found {angles.device}")
         cos, sin = (angles.flatten(0, -2) for angles in (cos, sin))
     return Call(x.flatten(1, -3), weight, cos, sin, float(eps), dtype)
 

@@ -21,18 +21,21 @@ OLDEST = (3, 6)  # of Triton
 WIDEST = 256  # channels of a head
 
 
-# A tracer takes the answer as it is at that time: neither Triton nor a device comes or goes.
+# A tracer takes the answers as they are at that time: neither Triton nor a device comes or goes, and Triton
+# itself looks at the environment once.
 @torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Say why no Triton kernel can run on this machine, None where one can."""
-    reason = _missing_package()
-    if reason is None and not (_interpreted() or torch.cuda.is_available()):
-        return "no GPU that PyTorch can use; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests only"
-    return reason
+    return _missing()
 
 
-@cache  # a look through the installed packages takes longer than many a small call
-def _missing_package() -> str | None:
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return _is_interpreted()
+
+
+@cache  # a look at the environment, the packages and the devices takes longer than many a small call
+def _missing() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     try:
@@ -42,7 +45,14 @@ def _missing_package() -> str | None:
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if numbers and numbers < OLDEST:
         return f"triton {'.'.join(map(str, OLDEST))} or newer is needed, found {found}"
+    if not (_interpreted() or torch.cuda.is_available()):
+        return "no GPU that PyTorch can use; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests only"
     return None
+
+
+@cache
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def why_not(q: Tensor, v: Tensor) -> str | None:
@@ -66,8 +76,3 @@ def why_not_here(q: Tensor) -> str | None:
         if capability < (8, 0):
             return f"compute capability 8.0 or newer is needed, found {'.'.join(map(str, capability))}"
     return dispatch.why_not_opaque()
-
-
-@torch.compiler.assume_constant_result
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

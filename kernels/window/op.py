@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.kernels import dispatch, peers, tile
-from zoo.kernels.checks import floating, same_kind, scale_or_default, without_autocast
+from zoo.kernels.checks import beside, same_kind, scale_or_default, without_autocast
 from zoo.kernels.window import reference, schema, sdpa
 
 OP = "window_attention"
@@ -125,9 +125,7 @@ def _check(
                 f"bias must be [H, T, T] = {(heads, tokens, tokens)} for {heads} heads and windows of "
                 f"{window_size}, found {tuple(bias.shape)}"
             )
-        floating("bias", bias)
-        if bias.device != q.device:
-            raise ValueError(f"bias must be on q's device {q.device}, found {bias.device}")
+        beside("bias", bias, "q", q)
     scale = scale_or_default(scale, q.shape[-1])
     q, k, v = same_kind(q=q, k=k, v=v)
     return Call(q, k, v, window_size, shift, scale, bias, return_lse)

@@ -245,7 +245,7 @@ WRONG = {
     "agents must be .* 4 heads and width 8 .*found shape": {"agents": (2, 5, 3, 8)},
     "at least one agent": {"agents": (2, 0, 4, 8)},
     r"bias_in must broadcast to \[B, H, A, M\] = \(2, 4, 5, 10\), found \(4, 5, 9\)": {"bias_in": (4, 5, 9)},
-    r"bias_out must broadcast to \[B, H, N, A\] = \(2, 4, 10, 5\), found \(5,\)": {"bias_out": (5,)},
+    r"bias_out must broadcast to \[B, H, N, A\] = \(2, 4, 10, 5\), found \(4,\)": {"bias_out": (4,)},
 }
 
 
