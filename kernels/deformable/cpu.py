@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zoo.kernels.checks import all_finite, shows_values, widened
 from zoo.kernels.deformable.reference import query_points
+from zoo.kernels.fused import fused_attention
 from zoo.kernels.softmax import softmax
 
 PAIRS_AT_ONCE = 1 << 24  # queries times keys, heads and images: a large map is done in parts
@@ -69,7 +70,7 @@ def _attend(
     # What is mapped does not tell whether it wants a gradient, and SDPA has none for a bias.
     mapped = torch._C._are_functorch_transforms_active()
     if not return_lse and (bias is None or not (bias.requires_grad or mapped)):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+        return fused_attention(q, k, v, bias, scale), None
     # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
     logits = (q * scale) @ k.transpose(-2, -1)
     logits = logits if bias is None else logits + bias

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.checks import widened
+from zoo.kernels.fused import fused_attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -18,4 +18,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: f
         mask = mask | ~mask.any(dim=-1, keepdim=True)
     shared = {"enable_gqa": True} if q.shape[2] > k.shape[2] else {}  # a branch: a symbol is no answer
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **shared).transpose(1, 2)
+    return fused_attention(q, k, v, mask, scale, **shared).transpose(1, 2)

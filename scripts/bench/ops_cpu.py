@@ -8,9 +8,11 @@
 Each side has processes of its own, in turns: as in a program that uses only one of them, what it finds in the
 caches and which memory it gets back is its own doing. One thread, CPU time, and the median of all calls, on a
 machine that does nothing else: whether a copy finds memory at hand or waits for pages differs from process
-to process, so the fastest call is not the usual one. "In the model" is the time inside the operation, all its
-calls of a forward pass together, while the model runs around it and uses caches and memory. Only ratios mean
-something. Memory is what one forward pass adds to the peak of a fresh process (Linux only).
+to process, so the fastest call is not the usual one. Where both sides make nearly the same calls, processes
+differ by more than the sides do: those, "in turns", share processes and take turns, call by call. "In the
+model" is the time inside the operation, all its calls of a forward pass together, while the model runs around
+it and uses caches and memory. Only ratios mean something. Memory is what one forward pass adds to the peak of
+a fresh process (Linux only).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -154,8 +156,9 @@ class PlainCase:
     form: str
     side: int
     heads: int
-    count: int  # of agents or samples, or the side of a window; no matter to channels
+    count: int  # of agents, samples or other keys, or the side of a window; no matter to channels
     batch: int = 2
+    in_turns: bool = False  # both sides in the same processes
     forward_goal: float | None = None
     training_goal: float | None = None
 
@@ -163,22 +166,24 @@ class PlainCase:
     def name(self) -> str:
         """What the table calls it."""
         batch = "" if self.batch == 2 else f", batch {self.batch}"
-        return f"{self.op.removesuffix('_attention')} {self.side}x{self.side}{batch}, {self.form}"
+        turns = ", in turns" if self.in_turns else ""
+        return f"{self.op.removesuffix('_attention')} {self.side}x{self.side}{batch}, {self.form}{turns}"
 
 
 PLAIN_CASES = [
     PlainCase("window_attention", "published", 56, 3, 7, forward_goal=1.0, training_goal=1.0),
     PlainCase("window_attention", "published", 56, 3, 7, batch=8, forward_goal=1.0, training_goal=1.0),
     *(
-        PlainCase("channel_attention", form, side, heads, 0, batch, forward_goal=0.95)
+        PlainCase("channel_attention", form, side, heads, 0, batch, form == "einsum", forward_goal=0.95)
         for batch, side, heads in ((2, 56, 3), (8, 56, 3), (8, 28, 6), (8, 14, 12))
         for form in ("published", "einsum")
     ),
     *(
-        PlainCase("agent_attention", form, side, heads, count, batch, forward_goal=0.95)
+        PlainCase("agent_attention", form, side, heads, count, batch, form == "fused", forward_goal=0.95)
         for batch, side, heads, count in ((2, 56, 3, 9), (8, 56, 3, 9), (8, 28, 6, 16), (8, 14, 12, 49))
         for form in ("published", "fused")
     ),
+    PlainCase("attention", "fused", 64, 8, 77, 2, in_turns=True, forward_goal=1.0, training_goal=1.0),
     PlainCase("deformable_attention", "published", 56, 2, 49, forward_goal=1.0, training_goal=1.0),
 ]
 ALL_CASES = {case.name: case for case in (*CASES, *ROUTED_CASES, *MODEL_CASES, *PLAIN_CASES)}
@@ -239,6 +244,11 @@ def agents_by_fused_calls(
     return scaled_dot_product_attention(q, agents, gathered, attn_mask=bias_out).transpose(1, 2)
 
 
+def attend_by_fused_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own attention, heads last."""
+    return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
 SIDES = ("usual", "cpu")
 OPERATIONS = {
     "neighborhood_attention": {"usual": gather, "cpu": ops.neighborhood_attention},
@@ -254,6 +264,7 @@ OPERATIONS = {
         "fused": agents_by_fused_calls,
         "cpu": ops.agent_attention,
     },
+    "attention": {"fused": attend_by_fused_call, "cpu": ops.attention},
     "deformable_attention": {"published": attend_to_samples, "cpu": ops.deformable_attention},
 }
 
@@ -327,6 +338,8 @@ def _plain_call(case: PlainCase, side: str) -> tuple[list[Tensor], Callable[[], 
         leaves.append(torch.randn(heads, count**2, count**2))
     elif case.op == "agent_attention":
         leaves += [keys[0], torch.randn(1, heads, count, tokens), torch.randn(1, heads, tokens, count)]
+    elif case.op == "attention":  # to a text, say
+        leaves += [*keys]
     elif case.op == "deformable_attention":
         reach = 2 * case.side - 1
         # A small table, as models have: the two sides round where they read it differently.
@@ -338,6 +351,8 @@ def _plain_call(case: PlainCase, side: str) -> tuple[list[Tensor], Callable[[], 
         others = [x * 1.0 for x in leaves[1:]]  # what a model has computed is no parameter
         if case.op == "window_attention":
             return operation(q, k, v, count, bias=others[0])
+        if case.op == "attention":
+            return operation(q.flatten(1, 2), *others)
         if case.op == "deformable_attention":
             return operation(q, *others)
         q, k, v = (x.flatten(1, 2) for x in (q, k, v))
@@ -376,25 +391,31 @@ def _model_calls(case: ModelCase, side: str, clock: Clock) -> dict[str, Callable
     return {"forward": forward} if case.grid else {"forward": forward, "training": training}
 
 
-def times(name: str, side: str, seconds: float) -> dict[str, list[float]]:
-    """CPU time of every call in milliseconds, each kind for so long, three times at least."""
-    taken, clock = {}, Clock()
-    for what, call in calls(ALL_CASES[name], side, clock).items():
-        call()
-        taken[what], end = [], time.perf_counter() + seconds
-        while len(taken[what]) < 3 or (time.perf_counter() < end and len(taken[what]) < 100):
-            clock.spent = 0.0
-            call()
-            taken[what].append(clock.spent)
+def times(name: str, sides: Sequence[str], seconds: float) -> dict[str, list[float]]:
+    """CPU time of every call in milliseconds, `cpu forward` and so on, each kind for so long, three times at
+    least. Several sides take turns."""
+    timed = [(side, clock, calls(ALL_CASES[name], side, clock)) for side in sides for clock in (Clock(),)]
+    taken = defaultdict(list)
+    for what in timed[0][2]:
+        for _, _, kinds in timed:
+            kinds[what]()
+        turns, end = 0, time.perf_counter() + seconds * len(sides)
+        while turns < 3 or (time.perf_counter() < end and turns < 100):
+            for side, clock, kinds in timed if turns % 2 else timed[::-1]:
+                clock.spent = 0.0
+                kinds[what]()
+                taken[f"{side} {what}"].append(clock.spent)
+            turns += 1
     return taken
 
 
 def measure_times(name: str, seconds: float) -> dict[str, float]:
-    """Milliseconds of both sides in processes of their own, `cpu forward` and so on."""
+    """Milliseconds of both sides, `cpu forward` and so on, in processes of their own or in turns."""
     taken = defaultdict(list)
-    for side in SIDES * ROUNDS:
-        for what, some in _ask("--time", name, side, str(seconds / len(SIDES) / ROUNDS / 2)).items():
-            taken[f"{side} {what}"] += some
+    in_turns = getattr(ALL_CASES[name], "in_turns", False)
+    for sides in [",".join(SIDES)] * ROUNDS if in_turns else SIDES * ROUNDS:
+        for what, some in _ask("--time", name, sides, str(seconds / len(SIDES) / ROUNDS / 2)).items():
+            taken[what] += some
     outs = _ask("--compare", name)
     if outs["error"] is not None:
         raise AssertionError(f"{name}: {outs['error']}")
@@ -519,8 +540,8 @@ def main() -> int:
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.time:
-        name, side, seconds = options.time
-        print(json.dumps(times(name, side, float(seconds))))
+        name, sides, seconds = options.time
+        print(json.dumps(times(name, sides.split(","), float(seconds))))
         return 0
     if options.compare:
         print(json.dumps({"error": compare(options.compare)}))
