@@ -394,16 +394,16 @@ def _model_calls(case: ModelCase, side: str, clock: Clock) -> dict[str, Callable
 def times(name: str, sides: Sequence[str], seconds: float) -> dict[str, list[float]]:
     """CPU time of every call in milliseconds, `cpu forward` and so on, each kind for so long, three times at
     least. Several sides take turns."""
-    timed = [(side, clock, calls(ALL_CASES[name], side, clock)) for side in sides for clock in (Clock(),)]
-    taken = defaultdict(list)
-    for what in timed[0][2]:
-        for _, _, kinds in timed:
-            kinds[what]()
+    taken, clock = defaultdict(list), Clock()
+    kinds = {side: calls(ALL_CASES[name], side, clock) for side in sides}
+    for what in kinds[sides[0]]:
+        for side in sides:
+            kinds[side][what]()
         turns, end = 0, time.perf_counter() + seconds * len(sides)
         while turns < 3 or (time.perf_counter() < end and turns < 100):
-            for side, clock, kinds in timed if turns % 2 else timed[::-1]:
+            for side in sides if turns % 2 else sides[::-1]:
                 clock.spent = 0.0
-                kinds[what]()
+                kinds[side][what]()
                 taken[f"{side} {what}"].append(clock.spent)
             turns += 1
     return taken
