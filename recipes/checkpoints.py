@@ -57,7 +57,7 @@ class Checkpoints(pl.Callback):
     def __init__(
         self,
         folder: Path,
-        loader: EpochLoader,
+        loaders: tuple[EpochLoader, EpochLoader],
         facts: dict[str, Any],
         *,
         monitor: str,
@@ -65,7 +65,8 @@ class Checkpoints(pl.Callback):
         keep_best: int,
         patience: int | None = None,
     ) -> None:
-        self.folder, self.loader, self.facts, self.monitor = folder, loader, facts, monitor
+        self.folder, self.loaders, self.facts, self.monitor = folder, loaders, facts, monitor
+        self.loader = loaders[0]
         self.save_every, self.keep_best, self.patience = save_every, keep_best, patience
         self.waited = 0  # validations since the best one
         self.ranking: list[dict[str, float]] = []  # the best validations, best first: score, loss, epoch
@@ -73,7 +74,8 @@ class Checkpoints(pl.Callback):
         self.signal: int | None = None
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        self.loader.share(trainer.global_rank, trainer.world_size)
+        for loader in self.loaders:
+            loader.share(trainer.global_rank, trainer.world_size)
         if trainer.is_global_zero:
             sweep(self.folder)
 

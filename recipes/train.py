@@ -110,7 +110,7 @@ def _train(
         _refuse_other_weights(content, module, checkpoint)
     checkpoints = Checkpoints(
         folder / "checkpoints",
-        loader,
+        (loader, val_loader),
         {"recipe": made.plain(), "classes": classes, "input": settings.plain()},
         monitor=task.monitor,
         save_every=made.trainer.save_every,
@@ -237,23 +237,17 @@ def _loaders(
     common = {
         "seed": made.seed,
         "workers": data.workers,
+        "on_bad": bad_images if data.bad_images == "skip" else None,
     }
-    on_bad = on_bad_val = None
-    if data.bad_images == "skip":
-        # Every process validates all images, and one tells of them.
-        on_bad = on_bad_val = bad_images
-        if rank_zero_only.rank != 0:
-            on_bad_val = BadImages(data.max_bad, tells=False)
     for_train, for_val = task.transforms(made, settings)
     weights = None
     if getattr(data, "balance", 0):
         weights = balanced([train_images.target(i) for i in range(len(train_images))], data.balance)
     loader = EpochLoader(
-        train_images, for_train, batch_size=data.batch_size, train=True, weights=weights,
-        on_bad=on_bad, **common,
-    )  # fmt: skip
+        train_images, for_train, batch_size=data.batch_size, train=True, weights=weights, **common
+    )
     val_batch = data.val_batch_size if data.val_batch_size is not None else data.batch_size
-    return loader, EpochLoader(val_images, for_val, batch_size=val_batch, on_bad=on_bad_val, **common)
+    return loader, EpochLoader(val_images, for_val, batch_size=val_batch, **common)
 
 
 def _refuse_idle_processes(loader: EpochLoader, processes: int) -> None:

@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from zoo.errors import ConfigError, ZooError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.recipes.data.loader import EpochLoader, reseed
 from zoo.recipes.schema import Optim, Recipe
 from zoo.recipes.tasks.base import Objective
@@ -163,10 +163,20 @@ class Training(pl.LightningModule):
         groups = self.trainer.optimizers[0].param_groups
         return max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
 
+    def on_validation_epoch_start(self) -> None:
+        self.validated = False
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.objective.update(self.result_model, self.channels(batch))
+        if batch[0] is None:  # other processes have images for this step
+            return
+        self.validated = True
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        self.objective.update(self.result_model, self.channels(batch), number)
 
     def on_validation_epoch_end(self) -> None:
+        if not self.trainer.strategy.reduce_boolean_decision(self.validated, all=False):
+            error = DataError("no image to validate can be read; bad_files.txt of the run lists them")
+            raise error if self.trainer.is_global_zero else SystemExit(error.exit_code)  # one of them tells
         self.result = self.objective.compute()
         where, step = Path(self.trainer.default_root_dir), self.trainer.global_step
         first = self.trainer.is_global_zero

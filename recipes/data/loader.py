@@ -101,11 +101,6 @@ class EpochBatches(Sampler):
         """Return which images a batch of this process holds."""
         order = self.order(epoch) if order is None else order
         start = (batch * self.world + self.rank) * self.batch_size
-        if (
-            not self.shuffle
-        ):  # validation: the images of a short last step are dealt out, none twice, none left out
-            step = order[batch * self.world * self.batch_size :][: self.world * self.batch_size]
-            return step[self.rank :: self.world].tolist()
         return order[start : start + self.batch_size].tolist()
 
     def __len__(self) -> int:
@@ -118,9 +113,8 @@ class EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self.order(self.epoch)
         for batch in range(self.batch, len(self)):
-            keys = [(self.epoch, index) for index in self.indices(self.epoch, batch, order)]
-            if keys:  # the last step of a validation may have no image left for this process
-                yield keys
+            # The last step of a validation may have no image left for this process.
+            yield [(self.epoch, index) for index in self.indices(self.epoch, batch, order)]
 
 
 @dataclass(frozen=True)
@@ -150,8 +144,9 @@ class EpochLoader:
     """Iterates over the rest of an epoch from `position`, always the same batches for the same position.
 
     Yields what the transform made of images and of targets, stacked. A bad image raises DataError, or goes to
-    `on_bad` and is left out; in validation so is a whole batch of them, if there is a better one. It is no
-    torch DataLoader, so Lightning leaves its order alone.
+    `on_bad` and is left out; in validation so is a whole batch of them, if there is a better one. Where
+    several processes validate, each yields a pair of None in such a place and for a batch that is not there,
+    so that all take as many steps. It is no torch DataLoader, so Lightning leaves its order alone.
     """
 
     def __init__(
@@ -231,7 +226,10 @@ class EpochLoader:
             if batch is None:
                 if self.batches.shuffle:  # a step of training cannot be left out: their number is fixed
                     raise DataError(f"no image of a whole batch can be read; the last: {bad[-1].reason}")
-                left_out = bad[-1].reason
+                if self.batches.world > 1:
+                    yield None, None
+                else:
+                    left_out = bad[-1].reason
                 continue
             any_good = True
             yield batch
@@ -253,12 +251,11 @@ def balanced(labels: Sequence[int], strength: float) -> list[float]:
 class BadImages:
     """Counts the images that cannot be read, lists them in a file, and stops where they are too many.
 
-    Raises DataError above `share` of the images, and never for fewer than six. `tells` is False where another
-    process tells of the same images.
+    Raises DataError above `share` of the images, and never for fewer than six.
     """
 
-    def __init__(self, share: float, file: Path | None = None, *, tells: bool = True) -> None:
-        self.share, self.file, self.tells = share, file, tells
+    def __init__(self, share: float, file: Path | None = None) -> None:
+        self.share, self.file = share, file
         self.found: set[str] = set()
 
     def __call__(self, images: Images, bad: BadImage) -> None:
@@ -267,8 +264,7 @@ class BadImages:
             return
         self.found.add(name)
         reason = bad.reason.replace(images.describe(bad.index), name)
-        if self.tells:
-            self._list(reason)
+        if self._is_news(reason):
             print(f"skipped: {reason}", file=sys.stderr, flush=True)
         allowed = max(5, self.share * len(images))
         if len(self.found) > allowed:
@@ -277,10 +273,13 @@ class BadImages:
                 f"data.max_bad={self.share:g}; the last: {bad.reason}"
             )
 
-    def _list(self, reason: str) -> None:
+    def _is_news(self, reason: str) -> bool:
+        """List a reason, unless another process did, or this run before it was stopped."""
         if self.file is None:
-            return
+            return True
         with self.file.open("a+", encoding="utf-8", errors="backslashreplace") as file:
             file.seek(0)
-            if f"{reason}\n" not in file:  # before the run was stopped
+            known = f"{reason}\n" in file
+            if not known:
                 file.write(f"{reason}\n")
+        return not known

@@ -29,12 +29,12 @@ class Objective(nn.Module, ABC):
         """Return the training loss of a batch."""
 
     @abstractmethod
-    def update(self, model: nn.Module, batch: Any) -> None:
-        """Take a validation batch into the metrics."""
+    def update(self, model: nn.Module, batch: Any, number: int) -> None:
+        """Take a validation batch into the metrics, which is `number` of those that one process would see."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """Return the metrics of all validation batches since the last call, by the names of the task."""
+        """Return the metrics of all processes' batches since the last call, by the names of the task."""
 
     def show(self, model: nn.Module, folder: Path, step: int, *, first: bool) -> dict[str, float]:
         """Look at the network after a validation, leaving pictures if this is the `first` process.

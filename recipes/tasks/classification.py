@@ -128,7 +128,7 @@ class Classification(base.Objective):
         images, targets = self.mixup(images, targets)
         return F.cross_entropy(model(images).float(), targets)
 
-    def update(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    def update(self, model: nn.Module, batch: tuple[Tensor, Tensor], number: int) -> None:
         images, targets = batch
         logits = model(images).float()
         self.val_loss.update(F.cross_entropy(logits, targets), weight=len(targets))

@@ -95,7 +95,6 @@ class Generation(base.Objective):
         self.recipe, self.classes = recipe, list(classes)
         self.noising = Noising(recipe.diffusion)
         self.val_loss, self.val_power = MeanMetric(), MeanMetric()
-        self.batches = 0  # of the present validation
 
     @cached_property
     def judge(self) -> Judge | None:
@@ -134,11 +133,10 @@ class Generation(base.Objective):
             return tuple(each.to(device) for each in encoder(targets))
         return (torch.as_tensor(targets, device=device),)
 
-    def update(self, model: nn.Module, batch: tuple[Tensor, Any]) -> None:
+    def update(self, model: nn.Module, batch: tuple[Tensor, Any], number: int) -> None:
         x, targets = batch
         # The same times and noise in every validation, so that only the network makes a difference.
-        generator = torch.Generator().manual_seed(self.batches)
-        self.batches += 1
+        generator = torch.Generator().manual_seed(number)
         t = self.noising.even(len(x))[torch.randperm(len(x), generator=generator)].to(x.device)
         noise = torch.randn(x.shape, generator=generator).to(x.device)
         said = self.predict(model, x, noise, t, self.conditions(model, targets, x.device))
@@ -149,7 +147,6 @@ class Generation(base.Objective):
     def compute(self) -> dict[str, float]:
         loss, power = self.val_loss.compute().item(), self.val_power.compute().item()
         self.val_loss.reset(), self.val_power.reset()
-        self.batches = 0
         return {"val_loss": loss, "val_explained": 1 - loss / power}
 
     def show(self, model: nn.Module, folder: Path, step: int, *, first: bool) -> dict[str, float]:
@@ -368,8 +365,8 @@ class GenerationTask(base.Task):
             on_bad=skip if on_bad is not None else None,
         )
         try:
-            for x, targets in loader:
-                objective.update(model, (x.to(where), targets))
+            for number, (x, targets) in enumerate(loader):
+                objective.update(model, (x.to(where), targets), number)
         finally:
             loader.close()
         found = objective.compute()

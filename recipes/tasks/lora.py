@@ -193,7 +193,6 @@ class Lora(base.Objective):
         self.recipe, self.noising = recipe, Noising(recipe.diffusion)
         self.predict = KINDS[recipe.model.name].predict
         self.val_loss, self.val_power = MeanMetric(), MeanMetric()
-        self.batches = 0
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         told = dict(batch[0])
@@ -213,12 +212,11 @@ class Lora(base.Objective):
         said = self.predict(model, noisy, t, told, self.recipe.lora.guidance).float()
         return (said - self.noising.target(x, noise, t)).square().flatten(1).mean(1)
 
-    def update(self, model: nn.Module, batch: Batch) -> None:
+    def update(self, model: nn.Module, batch: Batch, number: int) -> None:
         told = dict(batch[0])
         x = told.pop("latents")
         # The same times and noise in every validation, so that only the network makes a difference.
-        generator = torch.Generator().manual_seed(self.batches)
-        self.batches += 1
+        generator = torch.Generator().manual_seed(number)
         t = self.noising.even(len(x)).to(x.device)
         noise = torch.randn(x.shape, generator=generator).to(x)
         # Dropout is off, yet these times are no steps of a generation, which PKA would remember.
@@ -233,7 +231,6 @@ class Lora(base.Objective):
     def compute(self) -> dict[str, float]:
         loss, power = self.val_loss.compute().item(), self.val_power.compute().item()
         self.val_loss.reset(), self.val_power.reset()
-        self.batches = 0
         return {"val_loss": loss, "val_explained": 1 - loss / power}
 
 
@@ -343,8 +340,9 @@ class LoraTask(base.Task):
             on_bad=skip if on_bad is not None else None,
         )
         try:
-            for tensors, target in loader:
-                objective.update(model, ({name: x.to(where) for name, x in tensors.items()}, target))
+            for number, (tensors, target) in enumerate(loader):
+                there = {name: x.to(where) for name, x in tensors.items()}
+                objective.update(model, (there, target), number)
         finally:
             loader.close()
         found = objective.compute()

@@ -173,7 +173,7 @@ class Segmentation(base.Objective):
         loss = self.parts.cross_entropy * cross_entropy(found, targets, self.class_weights)
         return loss + self.parts.dice * dice_loss(found, targets) if self.parts.dice else loss
 
-    def update(self, model: nn.Module, batch: tuple[list[Tensor], Tensor]) -> None:
+    def update(self, model: nn.Module, batch: tuple[list[Tensor], Tensor], number: int) -> None:
         views, targets = batch
         scores = look(model, views, targets.shape[-2:], self.recipe)
         self.val_loss.update(cross_entropy(scores, targets), weight=len(targets))

@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 from pytorch_lightning.strategies import FSDPStrategy, StrategyRegistry
 from torch.distributed.fsdp import FullyShardedDataParallel
 from zoo.recipes import api
+from zoo.recipes.tasks.classification import Classification
 
 class OnCpu(FSDPStrategy):
     "Lightning's, which asks for a GPU; torch itself shards on CPUs too."
@@ -33,6 +34,14 @@ class OnCpu(FSDPStrategy):
 
 StrategyRegistry.register("fsdp_on_cpu", OnCpu, process_group_backend="gloo")
 file, folder, *overrides = sys.argv[1:]
+update = Classification.update
+
+def noting(self, model, batch, number):
+    update(self, model, batch, number)
+    with open(f"{folder}.validated", "a") as notes:
+        notes.write(f"{number}:{len(batch[1])} ")
+
+Classification.update = noting
 api.train(api.recipe(file, overrides), run_dir=folder)
 """
 # What goes wrong in one of two processes, which is told by its number.
@@ -99,6 +108,8 @@ def test_two_processes_are_one_with_the_same_global_batch(pair, single, strategy
     assert distance(two, single) < 1e-5
     rows = (two / "metrics.csv").read_text().splitlines()
     assert len(rows) == len(set(rows)) == 9, "one of them writes"
+    validated = two.with_name("two.validated").read_text().split()
+    assert sorted(validated) == sorted(["0:4", "1:4", "2:2"] * 2), "no image is validated by both"
 
 
 @pytest.mark.slow
@@ -106,6 +117,7 @@ def test_two_processes_are_one_with_the_same_global_batch(pair, single, strategy
     ("fault", "status", "sentence"),
     [
         ("bad image", 3, "error: .*cannot be read as an image"),
+        ("no validation", 3, "error: no image to validate can be read"),
         ("killed", 5, "error: a process of this training was killed by SIGKILL"),
         ("terminated", 143, "stopped by SIGTERM at once, without saving$"),  # the other one waits for it
     ],
@@ -117,14 +129,24 @@ def test_what_ends_one_of_two_processes_is_told_once_and_leaves_none(
     shutil.copytree(image_folder, images)
     if fault == "bad image":
         (images / "train/dark/03.png").write_text("no image")
+    if fault == "no validation":
+        for file in (images / "val").rglob("*.png"):
+            file.write_text("no image")
     script = tmp_path / "fault.py"
     script.write_text(FAULT)
     arguments = ["train", str(recipe_file), *DDP, "data.batch_size=4", f"data.root={images}", "--run-dir"]
-    command = [sys.executable, str(script), fault, *arguments, str(tmp_path / "run")]
+    arguments += [str(tmp_path / "run")]
+    if fault == "no validation":
+        arguments += ["data.bad_images=skip", "data.max_bad=1"]
+    command = [sys.executable, str(script), fault, *arguments]
     # It returns when the last process has closed its output.
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == status, result.stderr
-    told = [line for line in result.stderr.splitlines() if "images to train" not in line]
+    told = [
+        line
+        for line in result.stderr.splitlines()
+        if "images to train" not in line and not line.startswith("skipped: ")
+    ]
     assert len(told) == 1 and re.match(sentence, told[0]), result.stderr
 
 

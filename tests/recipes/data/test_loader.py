@@ -123,9 +123,11 @@ def test_training_gives_every_process_as_many_whole_batches_and_no_image_twice(w
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 5, 24, 50])
-def test_validation_sees_every_image_exactly_once(length, world):
-    ranks = shares(length, world, shuffle=False)
-    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(length))
+def test_processes_take_turns_with_the_batches_of_a_validation(length, world):
+    (alone,), ranks = shares(length, 1, shuffle=False), shares(length, world, shuffle=False)
+    in_turns = [batch for step in zip(*ranks, strict=True) for batch in step]
+    assert in_turns == alone + [[]] * (len(in_turns) - len(alone))
+    assert [i for batch in alone for i in batch] == list(range(length))
 
 
 def test_one_step_of_several_processes_is_one_large_step_of_one():
@@ -191,6 +193,20 @@ def test_too_many_bad_images_stop_the_run():
 def test_validation_leaves_out_a_batch_without_a_good_image(bad):
     loader = EpochLoader(Numbered(5, bad=bad), EVAL, batch_size=1, on_bad=BadImages(1.0))
     assert [targets.tolist() for _, targets in loader] == [[i % 2] for i in range(5) if i not in bad]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_of_several_processes_validates_as_many_batches_some_of_them_empty(workers):
+    seen = []
+    for rank in range(2):
+        loader = EpochLoader(
+            Numbered(5, bad=(1, 2)), EVAL, batch_size=1, workers=workers, on_bad=BadImages(1.0)
+        )
+        loader.share(rank, 2)
+        seen.append([None if images is None else targets.tolist() for images, targets in loader])
+        assert len(seen[-1]) == len(loader)
+        loader.close()
+    assert seen == [[[0], None, [0]], [None, [1], None]]
 
 
 @pytest.mark.parametrize(("train", "words"), [(True, "of a whole batch"), (False, "to validate")])
