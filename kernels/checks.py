@@ -127,9 +127,19 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
+def in_graph() -> bool:
+    """Whether this run makes a graph: torch.compile, torch.export, torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_traced() -> bool:
-    """Whether a compiler or a functorch transform is at work."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a graph is made or a functorch transform is at work."""
+    return in_graph() or torch._C._are_functorch_transforms_active()
+
+
+def learns(x: Tensor) -> bool:
+    """Whether a gradient of `x` may be wanted: a trace of torch.jit serves with and without."""
+    return torch.jit.is_tracing() or x.requires_grad and torch.is_grad_enabled()
 
 
 def shows_values(x: Tensor) -> bool:

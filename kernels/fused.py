@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.checks import in_graph
+
 VECTOR = 16  # float32 numbers that a CPU takes at once, at most
 
 
@@ -31,7 +33,7 @@ def fused_attention(
 
 def breaks_vectors(q: Tensor, keys: int) -> bool:
     """Whether queries [B, H, N, D] lose more to keys beside whole vectors than copies of the keys take."""
-    if torch.compiler.is_compiling():  # a graph of any length cannot depend on it
+    if in_graph():  # a graph of any length cannot depend on it
         return False
     pays = keys % VECTOR > 5 and q.shape[2] >= 4 * keys and q.shape[:3].numel() > 512
     return pays and q.is_cpu and q.dtype == torch.float32

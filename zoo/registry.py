@@ -130,7 +130,7 @@ def create_model(
     num_classes: int | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a model by name.
+    """Build a model by name, or by timm's "name.tag", which says too which weights `pretrained` means.
 
     `pretrained` loads the published weights (True, or a tag that `model_info` lists), `checkpoint_path` a
     file. `num_classes` None keeps the model's own count, 0 removes the classifier; another count than the
@@ -141,6 +141,7 @@ def create_model(
     Raises: ConfigError for an unknown name or argument; IntegrityError for weights that do not fit;
         ResourceError for a generator without diffusers.
     """
+    name, tag = _split(name)
     entry = _find(name)
     allowed = _arguments(entry)
     for argument in [*kwargs, *(["num_classes"] if num_classes is not None else [])]:
@@ -151,6 +152,10 @@ def create_model(
             )
     if not isinstance(pretrained, bool | str):
         raise ConfigError(f"pretrained must be True, False or the tag of a file, found {pretrained!r}")
+    if tag and isinstance(pretrained, str) and pretrained != tag:
+        raise ConfigError(f"{name}.{tag} and pretrained={pretrained!r} name two files; give one")
+    if tag and pretrained:
+        pretrained = tag
     if pretrained and checkpoint_path is not None:
         raise ConfigError("give either pretrained or checkpoint_path, not both")
     # A generator's mechanisms share their parameters where they can; its file says whether it fits.
@@ -177,8 +182,9 @@ def create_model(
     if is_timm:
         import timm.models
 
-        if isinstance(pretrained, str):  # its images may be cropped in a way of their own
-            kwargs.setdefault("pretrained_cfg", pretrained)
+        chosen = tag or pretrained
+        if isinstance(chosen, str):  # its images may be cropped in a way of their own
+            kwargs.setdefault("pretrained_cfg", chosen)
         model = timm.models.model_entrypoint(entry.timm_name)(**kwargs)
     else:
         from zoo.diffusion.transformers import as_diffusers
@@ -438,6 +444,19 @@ def _refuse_other_files(kwargs: Mapping[str, Any]) -> None:
 def _all() -> dict[str, Entry]:
     import_module("zoo.models")
     return _entries
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A name and the tag of its weights behind a point, as timm lists them; "" where there is none.
+
+    Raises: ConfigError for a tag that the model has no weights of.
+    """
+    body, _, tag = str(name).partition(".")
+    if not tag or body not in _all():
+        return name, ""
+    from zoo.weights.loader import find_entry
+
+    return body, find_entry(body, tag).tag
 
 
 def _find(name: str) -> Entry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.checks import all_finite, shows_values, widened
+from zoo.kernels.checks import all_finite, learns, shows_values, widened
 from zoo.kernels.fused import breaks_vectors, fused_attention
 from zoo.kernels.softmax import softmax
 
@@ -32,7 +32,7 @@ def agent_attention(
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     if bias is not None and bias.ndim < 4:
         bias = bias[(None,) * (4 - bias.ndim)]
-    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+    if bias is None or not learns(bias):
         if bias is not None:
             bias = _as_mask(bias, q, k.shape[2])
         return fused_attention(q, k, v, bias, scale)

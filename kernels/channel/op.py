@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch, tile
 from zoo.kernels.channel import cpu, reference, schema
-from zoo.kernels.checks import same_kind, scale_or_default, without_autocast
+from zoo.kernels.checks import in_graph, same_kind, scale_or_default, without_autocast
 
 OP = "channel_attention"
 # Channels of a head, by bytes per number: a map of them stays in registers.
@@ -83,7 +82,7 @@ def _cpu_why_not(call: Call) -> str | None:
     q = call.q
     if q.device.type != "cpu":
         return f"the tensors are on {q.device}"
-    if torch.compiler.is_compiling():
+    if in_graph():
         return "a graph over one image after the other would fix the batch"
     if q.shape[0] == 0:
         return "there is no image"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.checks import all_finite, shows_values, widened
+from zoo.kernels.checks import all_finite, in_graph, learns, shows_values, widened
 from zoo.kernels.deformable.reference import query_points
 from zoo.kernels.fused import fused_attention
 from zoo.kernels.softmax import softmax
@@ -56,7 +56,7 @@ def deformable_attention(
         return _attend(q[:, :, some], k, v, added, scale, return_lse, may_hide)
 
     step = queries = q.shape[2]
-    if not torch.compiler.is_compiling():  # a graph of a free batch cannot depend on its size
+    if not in_graph():  # a graph of a free batch cannot depend on its size
         step = max(1, PAIRS_AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     parts = [attend(slice(start, start + step)) for start in range(0, queries, step)]
     out, lse = (_cat(same) for same in zip(*parts, strict=True))
@@ -69,7 +69,7 @@ def _attend(
     """[B, H, N, D] in, [B, H, N, D] and [B, H, N] out; `may_hide`: the bias may hide every key."""
     # What is mapped does not tell whether it wants a gradient, and SDPA has none for a bias.
     mapped = torch._C._are_functorch_transforms_active()
-    if not return_lse and (bias is None or not (bias.requires_grad or mapped)):
+    if not return_lse and (bias is None or not (learns(bias) or mapped)):
         return fused_attention(q, k, v, bias, scale), None
     # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.
     logits = (q * scale) @ k.transpose(-2, -1)

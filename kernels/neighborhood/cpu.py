@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.checks import all_finite, shows_values, widened
+from zoo.kernels.checks import all_finite, in_graph, learns, shows_values, widened
 from zoo.kernels.neighborhood.geometry import Axis, as_tensors, keys_of, outer
 
 # Measured on one core with AVX-512, 32 channels per head; `scripts/bench/ops_cpu.py` shows what they lead to.
@@ -284,7 +284,7 @@ def _attention(
         nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)  # [M, H, t, 1]
         bias = bias.masked_fill(nothing, 0.0)
 
-    if tiles == 1 or torch.compiler.is_compiling():
+    if tiles == 1 or in_graph():
         out, lse = _attend(q, k, v, plan, keys, bias, nothing, scale, return_lse)
     else:
         # A few images at a time: the halos stay in the cache, and the mask is not repeated for a whole batch.
@@ -369,7 +369,7 @@ def _attend(
     nothing = None if nothing is None else nothing.expand(batch, -1, -1, -1, -1).flatten(0, 1)
     # What is mapped does not tell whether it wants a gradient, and SDPA has none for a bias.
     mapped = torch._C._are_functorch_transforms_active()
-    if not (return_lse or bias.requires_grad or mapped or v.shape[-1] != k.shape[-1]):
+    if not (return_lse or learns(bias) or mapped or v.shape[-1] != k.shape[-1]):
         out, lse = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
     else:
         # SDPA returns no LSE, and with a bias that wants a gradient it is slower than the plain form.

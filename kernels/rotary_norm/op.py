@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import dispatch, tile
-from zoo.kernels.checks import beside, dtype_of_call, without_autocast
+from zoo.kernels.checks import beside, dtype_of_call, in_graph, without_autocast
 from zoo.kernels.rotary_norm import cpu, reference, schema
 
 OP = "rotary_norm"
@@ -107,7 +107,7 @@ def _check(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | N
 def _cpu_why_not(call: Call) -> str | None:
     if call.x.device.type != "cpu":
         return f"the tensors are on {call.x.device}"
-    if torch.compiler.is_compiling():
+    if in_graph():
         return "compilers do not fuse complex numbers"
     return None
 

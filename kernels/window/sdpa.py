@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.checks import all_finite, is_traced, shows_values, widened
+from zoo.kernels.checks import all_finite, is_traced, learns, shows_values, widened
 from zoo.kernels.window.windows import in_some_windows, in_windows
 
 
@@ -27,7 +27,7 @@ def window_attention(
     on_cpu = q.device.type == "cpu"
     # What torch.func maps does not tell whether it wants a gradient.
     mapped = torch._C._are_functorch_transforms_active()
-    trained = bias is not None and (mapped or bias.requires_grad and torch.is_grad_enabled())
+    trained = bias is not None and (mapped or learns(bias))
     # SDPA returns no LSE and wants one width; for a bias with a gradient a CPU's has no fused path.
     fused = not return_lse and v.shape[-1] == k.shape[-1] and not (on_cpu and trained)
     if bias is not None:

@@ -37,6 +37,21 @@ def test_unknown_arguments_suggest_near_ones():
         zoo.create_model("nat_digits", pretrained=True, checkpoint_path="x.pth")
 
 
+def test_a_name_with_the_tag_of_its_weights_is_read_as_timm_lists_it():
+    assert "nat_digits.digits" in timm.list_pretrained("nat_digits*")
+    plain, tagged = (zoo.create_model(name, pretrained=True) for name in ("nat_digits", "nat_digits.digits"))
+    for one, other in zip(plain.parameters(), tagged.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert zoo.create_model("nat_digits.digits").pretrained_cfg["tag"] == "digits"
+    for wrong, words in (
+        (("nat_digits.digit",), "unknown weights tag 'digit' of nat_digits.*did you mean digits"),
+        (("nat_digits.digits", "in1k"), "nat_digits.digits and pretrained='in1k' name two files"),
+        (("nat_digit.digits",), "unknown model 'nat_digit.digits'; did you mean nat_digits"),
+    ):
+        with pytest.raises(zoo.ConfigError, match=words):
+            zoo.create_model(*wrong)
+
+
 @pytest.mark.parametrize(
     ("name", "argument", "value"),
     [
@@ -189,6 +204,7 @@ def test_the_tag_of_the_weights_says_how_their_images_are_cropped(monkeypatch):
 
     state = zoo.create_model("davit_tiny").state_dict()
     monkeypatch.setattr(loader, "read_pretrained", lambda name, tag: (state, "a file"))
+    assert zoo.create_model("davit_tiny.in1k").pretrained_cfg["crop_pct"] == 0.9
     assert zoo.create_model("davit_tiny", pretrained="in1k").pretrained_cfg["crop_pct"] == 0.9
     assert zoo.create_model("davit_tiny", pretrained=True).pretrained_cfg["crop_pct"] == 0.95
 

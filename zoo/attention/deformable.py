@@ -154,6 +154,11 @@ class DeformableAttention(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | str | None]]:
         """Queries [B, Y, X, H, D], sampled keys and values [B, N, H, D], and the rest of the operation."""
         rows, columns = x.shape[1:3]
+        if self.conv_offset is not None and min(rows, columns) + 2 * self.padding < self.kernel_size:
+            raise ConfigError(
+                f"the map of {rows} x {columns} tokens is smaller than kernel_size={self.kernel_size} of the "
+                f"offsets, which has no padding where it is the stride; give {self.kernel_size + 2} or more"
+            )
         q = self.proj_q(x)
         options: dict[str, Tensor | str | None] = {"positions": None}
         if self.conv_offset is None:

@@ -76,7 +76,7 @@ def _deformable(place: Place, given: Mapping[str, Any]) -> Choice:
     stride = given.get("stride", _of_stage(place, (8, 4, 2, 1)))
     while "stride" not in given and stride > 1 and min(place.size) <= stride:
         stride //= 2
-    kernel_size = {8: 9, 4: 7, 2: 5, 1: 3}.get(stride, stride + 1 - stride % 2)
+    kernel_size = {8: 9, 4: 7, 2: 5, 1: 3}.get(stride, stride + 1 + stride % 2)  # odd, and more than it
     return DeformableAttention, {"stride": stride, "kernel_size": kernel_size, "map_size": place.size}
 
 

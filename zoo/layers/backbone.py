@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import SelectAdaptivePool2d
@@ -21,16 +21,15 @@ class Backbone(nn.Module):
 
     A family sets `stage_list`, `norm_name` and `head_name` (the attributes that hold its stages, its last
     norm and its classifier, as its checkpoints call them), builds `self.stem_*` layers behind `stem`, and
-    calls `add_head`. A stage is a module with `blocks` and, except for the last, `downsample`; features are
-    taken between the two. With `downsample_first` it is the step to the stage itself, an identity in the
-    first, and features are taken at the end. With `norm_after_pool` the last norm is the classifier's.
+    calls `add_head`. A stage is a module from token map to token map, whose result are the features; one that
+    ends with the step to the next is a `Stage`, whose features are those of its `blocks`. Steps between
+    stages are in `next_resolution`. With `norm_after_pool` the last norm is the classifier's.
     """
 
     output_fmt = "NHWC"
     stage_list = "stages"
     norm_name = "norm"
     head_name = "head"
-    downsample_first = False
     norm_after_pool = False
     undecayed: tuple[str, ...] = ()  # endings of the names of tables that weight decay leaves alone
     attention_fields: tuple[str, ...] = ()  # of a row, that another attention= takes the place of
@@ -50,6 +49,11 @@ class Backbone(nn.Module):
     def stage_path(self, index: int) -> str:
         """The name of a stage, whatever the family's checkpoints call it."""
         return f"{self.stage_list}.{index}"
+
+    def _features_path(self, index: int) -> str:
+        """The name of the module whose result are a stage's features."""
+        path = self.stage_path(index)
+        return f"{path}.blocks" if isinstance(self.get_submodule(path), Stage) else path
 
     def keep_stages(self, count: int) -> None:
         """Drop the stages behind the first `count`."""
@@ -76,7 +80,7 @@ class Backbone(nn.Module):
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": channels, "reduction": reduction, "module": self.stage_path(i)}
+            {"num_chs": channels, "reduction": reduction, "module": self._features_path(i)}
             for i, (channels, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.grad_checkpointing = False
@@ -90,21 +94,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """Run a stage's blocks, [B, Y, X, C] in and out."""
-        if self.downsample_first:
-            x = stage.downsample(x)
-        for block in stage.blocks:
-            x = self.forward_block(block, x)
-        return x
-
-    def forward_block(self, block: nn.Module, *inputs: object) -> Tensor:
-        """Run one block, keeping only its inputs for backward where that was asked for."""
-        save = self.grad_checkpointing and torch.is_grad_enabled()
-        return checkpoint(block, *inputs) if save else block(*inputs)
+        """Run a stage, [B, Y, X, C] in and out."""
+        return stage(x)
 
     def next_resolution(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """The step from a stage's last token map to the next stage's first."""
-        return x if self.downsample_first else stage.downsample(x)
+        """The step from the result of a stage to the next stage's first token map, where neither has it."""
+        return x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image [B, C, height, width] to the last token map [B, Y, X, C], normed unless that comes later."""
@@ -150,13 +145,14 @@ class Backbone(nn.Module):
         x = self.stem(x)
         final = len(self.stages_) - 1
         for i, stage in enumerate(self.stages_):
-            x = self.forward_stage(stage, x)
+            ends_with_step = isinstance(stage, Stage)
+            x = self.forward_stage(stage.blocks if ends_with_step else stage, x)
             if i in take:
                 feature = self.norm_map(x) if norm and i == final else x
                 features.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
             if i == final or (stop_early and i == last):
                 break
-            x = self.next_resolution(stage, x)
+            x = stage.downsample(x) if ends_with_step else self.next_resolution(stage, x)
         if intermediates_only:
             return features
         return (self.norm_map(x) if i == final else x), features
@@ -169,7 +165,7 @@ class Backbone(nn.Module):
         shorter = last + 1 < len(self.stages_)
         self.keep_stages(last + 1)
         if shorter:
-            if hasattr(self.stages_[-1], "downsample") and not self.downsample_first:
+            if isinstance(self.stages_[-1], Stage):
                 self.stages_[-1].downsample = None
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm or shorter:
@@ -198,7 +194,9 @@ class Backbone(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only block inputs in training and compute the rest again in backward."""
-        self.grad_checkpointing = enable
+        for module in self.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
 
     @staticmethod
     def filter_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -217,12 +215,23 @@ class Backbone(nn.Module):
         """Say to which layer each parameter belongs, for layer-wise learning rates."""
         stages = self.stage_list
         layers = [
-            # A step that ends its stage goes with the stage's last block, one that begins it with the first.
-            (rf"^{stages}\.(\d+)\.downsample", (0,) if self.downsample_first else (99999,)),
+            # The step that ends a stage goes with its last block.
+            (rf"^{stages}\.(\d+)\.downsample", (99999,)),
             (rf"^{stages}\.(\d+)\.blocks\.(\d+)", None),
             (r"^norm", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": rf"^{stages}\.(\d+)" if coarse else layers}
+
+
+class Blocks(nn.Sequential):
+    """Blocks one after the other, [B, Y, X, C] in and out."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = run(block, x, saving=self.grad_checkpointing)
+        return x
 
 
 class Stage(nn.Module):
@@ -230,8 +239,17 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(*blocks)
         self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+def run(block: Callable[..., Tensor], *inputs: object, saving: bool) -> Tensor:
+    """Run one block, keeping only its inputs for backward where that was asked for."""
+    return checkpoint(block, *inputs) if saving and torch.is_grad_enabled() else block(*inputs)
 
 
 def refuse_pyramid(dims: Sequence[int], num_heads: Sequence[int]) -> None:

@@ -6,6 +6,8 @@ import timm.layers
 import torch
 from torch import Tensor
 
+from zoo.kernels.checks import in_graph
+
 # Memory of over 32 MB goes back to the system at once and comes cleared for the next layer, which can cost as
 # much as the layer. So many hidden numbers also stay in a CPU's cache from one layer to the next.
 HIDDEN_AT_ONCE = 1 << 21
@@ -24,7 +26,7 @@ class Mlp(timm.layers.Mlp):
         if (
             x.device.type != "cpu"
             or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            or in_graph()
             or any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.children())
             or x[..., 0].numel() <= 2 * tokens
         ):

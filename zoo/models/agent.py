@@ -23,7 +23,15 @@ from zoo.attention.global_attention import GlobalAttention
 from zoo.attention.stripes import StripeMixing
 from zoo.attention.window import WindowAttention
 from zoo.errors import ConfigError
-from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published, refuse_pyramid
+from zoo.layers.backbone import (
+    Backbone,
+    Blocks,
+    Stage,
+    drop_path_rates,
+    init_as_published,
+    refuse_pyramid,
+    run,
+)
 from zoo.layers.patches import PatchMerging, PatchTokenizer
 from zoo.registry import register_family
 from zoo.weights.convert.agent import fit_tables
@@ -216,15 +224,15 @@ class AgentSwin(AgentBackbone):
 # Stages that are attributes: Agent-PVT and Agent-CSwin ------------------------------------------------------
 
 
-class NumberedStage(nn.ModuleList):
+class NumberedStage(Blocks):
     """The blocks of one stage, which knows its number, from 1."""
 
     def __init__(self, number: int, blocks: Sequence[nn.Module]) -> None:
-        super().__init__(blocks)
+        super().__init__(*blocks)
         self.number = number
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Blocks:
         """The blocks, as every stage has them."""
         return self
 
@@ -650,7 +658,7 @@ class AgentDeiT(AgentBackbone):
         """Image [B, C, height, width] to the normed tokens [B, 1 + Y * X, C]."""
         x, grid = self.embed(x)
         for block in self.blocks:
-            x = self.forward_block(block, x, grid)
+            x = run(block, x, grid, saving=self.grad_checkpointing)
         return self.norm(x)
 
     def forward_intermediates(
@@ -676,7 +684,7 @@ class AgentDeiT(AgentBackbone):
         features = []
         x, grid = self.embed(x)
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self.forward_block(block, x, grid)
+            x = run(block, x, grid, saving=self.grad_checkpointing)
             if i in take:
                 tokens = self.norm(x) if norm else x
                 first, feature = tokens[:, :1], tokens[:, 1:]

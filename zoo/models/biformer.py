@@ -16,7 +16,7 @@ from zoo.attention.bilevel import BilevelRoutingAttention, RaggedRoutingAttentio
 from zoo.attention.global_attention import GlobalAttention
 from zoo.attention.layers import Convolution, Pointwise
 from zoo.errors import ConfigError
-from zoo.layers.backbone import Backbone, drop_path_rates, init_as_published
+from zoo.layers.backbone import Backbone, Blocks, drop_path_rates, init_as_published
 from zoo.registry import register_family
 
 LAYER_NORM_EPS = 1e-6
@@ -69,7 +69,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Sequential):
+class Stage(Blocks):
     """Blocks at one resolution."""
 
     def __init__(self, index: int, blocks: Sequence[Block]) -> None:
@@ -88,7 +88,10 @@ class NamedStage(nn.Module):
     def __init__(self, index: int, blocks: Sequence[Block]) -> None:
         super().__init__()
         self.index = index
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
 
 
 class BiFormer(Backbone):

@@ -23,7 +23,7 @@ from zoo.attention import DeformableAttention, NeighborhoodAttention
 from zoo.attention.layers import ChannelNorm, Convolution, Pointwise
 from zoo.attention.window import WindowAttention, resize_relative_position_bias
 from zoo.errors import ConfigError, IntegrityError
-from zoo.layers.backbone import Backbone, drop_path_rates
+from zoo.layers.backbone import Backbone, drop_path_rates, run
 from zoo.registry import register_family
 
 DERIVED = (".relative_position_index", ".attn_mask")  # in published files; ours are computed
@@ -165,9 +165,15 @@ class Stage(nn.Module):
             Convolution(dim, dim, 3, padding=1, groups=dim, **factory) for _ in attns if cfg.convolutional
         )
         self.drop_path = nn.ModuleList(DropPath(rate) if rate else nn.Identity() for rate in drop_path)
+        self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, block: int) -> Tensor:
-        """Run one block, [B, Y, X, C] in and out."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, Y, X, C] to [B, Y, X, C]."""
+        for block in range(len(self.attns)):
+            x = run(self._block, x, block, saving=self.grad_checkpointing)
+        return x
+
+    def _block(self, x: Tensor, block: int) -> Tensor:
         if self.local_perception_units:
             x = x + self.local_perception_units[block](x)
         drop_path = self.drop_path[block]
@@ -306,11 +312,6 @@ class DeformableBackbone(Backbone):
             proj_drop=proj_drop,
             **factory,
         )
-
-    def forward_stage(self, stage: Stage, x: Tensor) -> Tensor:
-        for block in range(len(stage.attns)):
-            x = self.forward_block(stage, x, block)
-        return x
 
     def next_resolution(self, stage: Stage, x: Tensor) -> Tensor:
         return self.down_projs[stage.index](x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.attention import ChannelAttention, WindowAttention
 from zoo.attention.layers import Convolution
-from zoo.layers.backbone import Backbone, drop_path_rates, init_as_published
+from zoo.layers.backbone import Backbone, Blocks, drop_path_rates, init_as_published
 from zoo.layers.mlp import Mlp
 from zoo.registry import register_family
 from zoo.weights.convert.davit import to_timm
@@ -120,7 +120,11 @@ class Stage(nn.Module):
     def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, Y, X, C] of the stage before to [B, Y, X, C] of this one."""
+        return self.blocks(self.downsample(x))
 
 
 class DaViT(Backbone):
@@ -131,7 +135,6 @@ class DaViT(Backbone):
     """
 
     attention_fields = ("window_size", "channel_version")
-    downsample_first = True
     norm_after_pool = True
     norm_name = "head.norm"
     head_name = "head.fc"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.attention import NeighborhoodAttention
 from zoo.errors import ConfigError
-from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published, refuse_pyramid
+from zoo.layers.backbone import Backbone, Stage, drop_path_rates, init_as_published, refuse_pyramid, run
 from zoo.layers.patches import PatchMerging, PatchTokenizer
 from zoo.registry import register_family
 from zoo.weights.convert.nat import from_huggingface
@@ -311,10 +311,7 @@ class NATIsotropic(Backbone):
         return x
 
     def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return self.forward_block(stage, x)
-
-    def next_resolution(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return x
+        return run(stage, x, saving=self.grad_checkpointing)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Say to which layer each parameter belongs, for layer-wise learning rates."""

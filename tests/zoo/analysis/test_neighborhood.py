@@ -46,7 +46,7 @@ def test_wrong_arguments_say_what_is_right(model):
         analysis.explain_neighborhood(model, image, blocks=("levels.0.block.0.attn",))
     with pytest.raises(zoo.ConfigError, match="image must be"):
         analysis.explain_neighborhood(model, torch.randn(2, 3, 32, 32))
-    with pytest.raises(zoo.ConfigError, match="ResNet has no neighborhood attention"):
+    with pytest.raises(zoo.ConfigError, match="ResNet has no attention module of the zoo's"):
         analysis.explain_neighborhood(timm.create_model("resnet18").eval(), torch.randn(3, 64, 64))
 
 

@@ -156,6 +156,16 @@ def test_regions_too_small_to_pool_are_told():
         model(torch.randn(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize("stride", [3, 5, 6])
+def test_any_stride_of_the_sampled_keys_serves_a_map_of_a_few_tokens(stride):
+    model = build("nat_digits", attention="deformable", attention_kwargs={"stride": stride})
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+    arguments = {"stride": 3, "kernel_size": 3}
+    model = build("nat_digits", attention="deformable", attention_kwargs=arguments)
+    with pytest.raises(zoo.ConfigError, match="map of 2 x 2 tokens is smaller than kernel_size=3.*give 5"):
+        model(torch.randn(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize("attention", MECHANISMS)
 def test_what_the_body_was_asked_for_is_asked_of_the_attention(attention):
     model = build("nat_digits", attention=attention, proj_drop_rate=0.3, qkv_bias=False)

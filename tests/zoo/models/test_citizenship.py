@@ -8,11 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from timm.models._features import FeatureHookNet
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import zoo
 from zoo import ops
+from zoo.attention import AgentAttention
 from zoo.layers.mlp import Mlp
 
 SMALL = zoo.list_models("*_digits", task="classification")
@@ -154,6 +158,72 @@ def test_checkpointing_gives_the_same_gradients(name):
         torch.testing.assert_close(one.grad, other.grad)
 
 
+BODIES = [*SMALL, "agent_pvt_tiny", "agent_cswin_tiny", "biformer_stl", "dat_tiny", "dinat_s_tiny"]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_hooks_on_the_modules_of_feature_info_see_the_features(name):
+    model = build(name)
+    assert FeatureHookNet(model, out_indices=(0, 1))(image(model, 1))[1].ndim == 4
+    images = image(model, 1)
+    with torch.no_grad():
+        expected = model.forward_intermediates(images, intermediates_only=True, output_fmt="NHWC")
+        seen, hooks = [], []
+        for info in model.feature_info:
+            module = model.get_submodule(info["module"])
+            hooks.append(module.register_forward_hook(lambda module, inputs, output: seen.append(output)))
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(seen, expected)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process, and the mesh of it."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("stages", [True, False])
+@pytest.mark.parametrize("name", SMALL)
+def test_stages_can_be_sharded(name, stages, alone):
+    """By FSDP2, which gathers the weights of a module when its forward begins and lets them go at the end."""
+    model, sharded = build(name), build(name)
+    paths = [info["module"] for info in model.feature_info]
+    for module in sharded.stages_ if stages else map(sharded.get_submodule, paths):
+        fully_shard(module, mesh=alone)
+    fully_shard(sharded, mesh=alone)
+    images = image(model)
+    torch.testing.assert_close(sharded(images), model(images))
+    for each in (model, sharded):
+        each(images).square().sum().backward()
+    for one, other in zip(model.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(other.grad.full_tensor(), one.grad)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_trace_serves_any_batch_with_gradients_and_without(name, grad):
+    model = build(name)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, image(model))
+    for batch in (1, 4):
+        images = image(model, batch)
+        with torch.no_grad():
+            torch.testing.assert_close(traced(images), model(images), rtol=1e-5, atol=1e-5)
+    if grad:
+        traced(images).square().sum().backward()
+        found = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        model(images).square().sum().backward()
+        torch.testing.assert_close(found, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_recomputation_uses_the_backend_of_the_first_computation(name, monkeypatch):
     from zoo.kernels import dispatch
@@ -258,6 +328,57 @@ def test_threads_capture_their_own_passes():
         together = list(pool.map(captured, images))
     turns = threading.Barrier(1)
     torch.testing.assert_close(together, [captured(x) for x in images], rtol=0, atol=0)
+
+
+class Keywords(nn.Module):
+    """Attention that is called with names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = AgentAttention(32, 2, agent_num=9)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.attn(x=tokens, grid=(8, 8))
+
+
+def test_attention_called_with_names_is_captured():
+    model, tokens = Keywords(), torch.randn(1, 64, 32)
+    with torch.no_grad(), zoo.capture_attention(model) as records:
+        out = model(tokens)
+    assert records["attn"].weights.shape == (1, 64, 2, 9)
+    torch.testing.assert_close(out, model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Linear(2, 2), "Linear has no attention module of the zoo's"),
+        (None, "model must be a torch.nn.Module, found NoneType"),
+        ("nat_digits", "model must be a torch.nn.Module, found str"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(model, words):
+    with pytest.raises(zoo.ConfigError, match=words), zoo.capture_attention(model):
+        raise AssertionError
+
+
+def test_compiled_models_are_compiled_again_after_captures_that_overlap():
+    runs, model = [], build("nat_digits")
+
+    def note(graph, example):
+        runs.append(graph)
+        return graph.forward
+
+    one, other = zoo.capture_attention(model), zoo.capture_attention(model)
+    one.__enter__(), other.__enter__()
+    one.__exit__(None, None, None)
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Linear(2, 2), backend=note)
+    compiled(torch.ones(2))
+    assert not runs, "the other one still records"
+    other.__exit__(None, None, None)
+    compiled(torch.ones(2))
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("of", ["the model", "the compiled one"])
