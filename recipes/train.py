@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -140,6 +141,9 @@ def _train(
             module.watch_readers()
             loader.close()
             val_loader.close()
+        if trainer.world_size > 1:
+            # Only one process goes on; a metric that asked the others would fail, or wait for them.
+            torch.distributed.destroy_process_group()
         if not trainer.is_global_zero:
             raise SystemExit(0)
         return _finish(made, task, folder, checkpoints, settings, val_images, bad_images, began)

@@ -77,6 +77,24 @@ def run(recipe_file, tmp_path, monkeypatch):
     return train
 
 
+@pytest.mark.slow
+def test_two_processes_validate_as_one_and_the_first_measures_alone(run, recipe_file, tmp_path):
+    still = ["optim.lr=1e-9", "optim.epochs=1", "optim.warmup_epochs=0"]  # nothing but the shares may differ
+    one = run("one", *still)
+    pair = ["data.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
+    command = [sys.executable, "-m", "zoo", "train", str(recipe_file), *still, *pair]
+    result = subprocess.run([*command, "--run-dir", str(tmp_path / "two")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "two" / "samples.png").exists()
+    validated = [
+        float(line.split(",")[4])
+        for folder in (one.folder, tmp_path / "two")
+        for line in (folder / "metrics.csv").read_text().splitlines()[-1:]
+    ]
+    assert validated[0] == pytest.approx(validated[1], rel=1e-5)
+    assert one.metrics["val_loss"] == pytest.approx(validated[0], rel=1e-5)
+
+
 def slow(*values: object):
     """A case for the slow tests."""
     return pytest.param(*values, marks=pytest.mark.slow)
