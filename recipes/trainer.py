@@ -149,6 +149,8 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", PossibleUserWarning)
             # Lightning 2.6 under a newer torch; nothing that a user could do about it.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
+            # Of a process that had no image to validate; the others' results are joined with nothing.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             yield
     finally:

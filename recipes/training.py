@@ -174,14 +174,27 @@ class Training(pl.LightningModule):
         self.objective.update(self.result_model, self.channels(batch), number)
 
     def on_validation_epoch_end(self) -> None:
-        if not self.trainer.strategy.reduce_boolean_decision(self.validated, all=False):
-            error = DataError("no image to validate can be read; bad_files.txt of the run lists them")
-            raise error if self.trainer.is_global_zero else SystemExit(error.exit_code)  # one of them tells
+        if self.trainer.world_size > 1:
+            self._refuse_unreadable(self.trainer.val_dataloaders)
         self.result = self.objective.compute()
         where, step = Path(self.trainer.default_root_dir), self.trainer.global_step
         first = self.trainer.is_global_zero
         self.result |= self.objective.show(self.result_model, where, step, first=first)
         self.write(self.trainer.global_step, **self.result)
+
+    def _refuse_unreadable(self, loader: EpochLoader) -> None:
+        """End where all processes together could not read too much; a single one finds that out by itself."""
+        strategy, images = self.trainer.strategy, len(loader.images)
+        good = strategy.reduce_boolean_decision(self.validated, all=False)
+        bad = strategy.reduce(torch.tensor(float(loader.bad), device=self.device), reduce_op="sum").item()
+        if good and (loader.on_bad is None or bad <= loader.on_bad.allowed(loader.images)):
+            return
+        many = "no image to validate can be read"
+        if good:
+            share = f"data.max_bad={loader.on_bad.share:g}"
+            many = f"{bad:.0f} of {images:,} images to validate cannot be read, more than {share}"
+        error = DataError(f"{many}; bad_files.txt of the run lists them")
+        raise error if self.trainer.is_global_zero else SystemExit(error.exit_code)  # one of them tells
 
     def write(self, step: int, **values: float) -> None:
         """Send values to the run's metric files, under the number of steps done."""

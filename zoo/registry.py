@@ -518,7 +518,7 @@ def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
         if kwargs.get("feature_cls", "getter") != "getter":
             raise ConfigError(
                 f"feature_cls must be 'getter', found {kwargs['feature_cls']!r}; "
-                "stages are no modules that a hook could watch"
+                "a hook would hand out maps with channels last"
             )
         tag, tags = (
             kwargs.get("pretrained_cfg"),

@@ -144,9 +144,9 @@ class EpochLoader:
     """Iterates over the rest of an epoch from `position`, always the same batches for the same position.
 
     Yields what the transform made of images and of targets, stacked. A bad image raises DataError, or goes to
-    `on_bad` and is left out; in validation so is a whole batch of them, if there is a better one. Where
-    several processes validate, each yields a pair of None in such a place and for a batch that is not there,
-    so that all take as many steps. It is no torch DataLoader, so Lightning leaves its order alone.
+    `on_bad` and is left out, and counted in `bad`. In validation a pair of None stands for a batch without a
+    good image, if there is a better one, and for one that only other processes have: all take as many steps.
+    It is no torch DataLoader, so Lightning leaves its order alone.
     """
 
     def __init__(
@@ -164,6 +164,7 @@ class EpochLoader:
         self.images = images
         self.batches = EpochBatches(len(images), batch_size, seed, shuffle=train, weights=weights)
         self.on_bad = on_bad
+        self.bad = 0  # images in this pass over the data that could not be read
         self._loader = DataLoader(
             Samples(images, transform, seed),
             batch_sampler=self.batches,
@@ -194,12 +195,12 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         iterator = iter(self._loader)
-        left_out, any_good = "", False
+        left_out, any_good, self.bad = "", False, 0
         while True:
             try:
                 batch, bad = next(iterator)
             except StopIteration:
-                if left_out and not any_good:
+                if left_out and not any_good and self.batches.world == 1:
                     raise DataError(f"no image to validate can be read; the last: {left_out}") from None
                 return
             except RuntimeError as error:
@@ -217,6 +218,7 @@ class EpochLoader:
                     f"a data worker died or hung ({reason}); lower data.workers or data.batch_size, "
                     "or set data.workers=0"
                 ) from None
+            self.bad += len(bad)
             for each in bad:
                 if self.on_bad is None:
                     raise DataError(each.reason)
@@ -226,10 +228,8 @@ class EpochLoader:
             if batch is None:
                 if self.batches.shuffle:  # a step of training cannot be left out: their number is fixed
                     raise DataError(f"no image of a whole batch can be read; the last: {bad[-1].reason}")
-                if self.batches.world > 1:
-                    yield None, None
-                else:
-                    left_out = bad[-1].reason
+                left_out = bad[-1].reason if bad else left_out
+                yield None, None
                 continue
             any_good = True
             yield batch
@@ -265,13 +265,17 @@ class BadImages:
         self.found.add(name)
         reason = bad.reason.replace(images.describe(bad.index), name)
         if self._is_news(reason):
-            print(f"skipped: {reason}", file=sys.stderr, flush=True)
-        allowed = max(5, self.share * len(images))
-        if len(self.found) > allowed:
+            # In one piece: other processes write too.
+            print(f"skipped: {reason}\n", end="", file=sys.stderr, flush=True)
+        if len(self.found) > self.allowed(images):
             raise DataError(
                 f"{len(self.found)} of {len(images):,} images cannot be read, more than "
                 f"data.max_bad={self.share:g}; the last: {bad.reason}"
             )
+
+    def allowed(self, images: Images) -> float:
+        """How many of the images may be bad."""
+        return max(5, self.share * len(images))
 
     def _is_news(self, reason: str) -> bool:
         """List a reason, unless another process did, or this run before it was stopped."""

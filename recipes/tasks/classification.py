@@ -199,6 +199,8 @@ class ClassificationTask(base.Task):
         losses, best, labels, sure = [], [], [], []
         try:
             for batch, truth in loader:
+                if batch is None:  # nothing of it could be read
+                    continue
                 logits = model(batch.to(where)).float().cpu()
                 losses.append(F.cross_entropy(logits, truth, reduction="none"))
                 best.append(logits.topk(min(5, count)).indices)

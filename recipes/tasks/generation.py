@@ -366,6 +366,8 @@ class GenerationTask(base.Task):
         )
         try:
             for number, (x, targets) in enumerate(loader):
+                if x is None:  # nothing of it could be read
+                    continue
                 objective.update(model, (x.to(where), targets), number)
         finally:
             loader.close()

@@ -341,6 +341,8 @@ class LoraTask(base.Task):
         )
         try:
             for number, (tensors, target) in enumerate(loader):
+                if tensors is None:  # nothing of it could be read
+                    continue
                 there = {name: x.to(where) for name, x in tensors.items()}
                 objective.update(model, (there, target), number)
         finally:

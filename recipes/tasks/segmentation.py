@@ -288,6 +288,8 @@ class SegmentationTask(base.Task):
         losses, each = [], []
         try:
             for views, targets in loader:
+                if views is None:  # nothing of it could be read
+                    continue
                 scores = look(model, [view.to(where) for view in views], targets.shape[-2:], recipe).cpu()
                 losses.append(cross_entropy(scores, targets).item() * len(targets))
                 each += [

@@ -118,6 +118,11 @@ def test_two_processes_are_one_with_the_same_global_batch(pair, single, strategy
     [
         ("bad image", 3, "error: .*cannot be read as an image"),
         ("no validation", 3, "error: no image to validate can be read"),
+        (
+            "half a validation",
+            3,
+            "error: 6 of 10 images to validate cannot be read, more than data.max",
+        ),
         ("killed", 5, "error: a process of this training was killed by SIGKILL"),
         ("terminated", 143, "stopped by SIGTERM at once, without saving$"),  # the other one waits for it
     ],
@@ -129,15 +134,17 @@ def test_what_ends_one_of_two_processes_is_told_once_and_leaves_none(
     shutil.copytree(image_folder, images)
     if fault == "bad image":
         (images / "train/dark/03.png").write_text("no image")
-    if fault == "no validation":
-        for file in (images / "val").rglob("*.png"):
+    if "validation" in fault:
+        files = sorted((images / "val").rglob("*.png"))
+        for file in files if fault == "no validation" else files[:6]:
             file.write_text("no image")
     script = tmp_path / "fault.py"
     script.write_text(FAULT)
     arguments = ["train", str(recipe_file), *DDP, "data.batch_size=4", f"data.root={images}", "--run-dir"]
     arguments += [str(tmp_path / "run")]
-    if fault == "no validation":
-        arguments += ["data.bad_images=skip", "data.max_bad=1"]
+    if "validation" in fault:
+        share = 1 if fault == "no validation" else 0.1  # of which either process has only a part
+        arguments += ["data.bad_images=skip", f"data.max_bad={share}", "data.val_batch_size=1"]
     command = [sys.executable, str(script), fault, *arguments]
     # It returns when the last process has closed its output.
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -145,14 +145,17 @@ class Backbone(nn.Module):
         x = self.stem(x)
         final = len(self.stages_) - 1
         for i, stage in enumerate(self.stages_):
-            ends_with_step = isinstance(stage, Stage)
-            x = self.forward_stage(stage.blocks if ends_with_step else stage, x)
+            if isinstance(stage, Stage):
+                x, feature = stage(x, with_features=True)
+            else:
+                x = feature = self.forward_stage(stage, x)
             if i in take:
-                feature = self.norm_map(x) if norm and i == final else x
-                features.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
+                kept = self.norm_map(feature) if norm and i == final else feature
+                features.append(kept.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else kept)
             if i == final or (stop_early and i == last):
+                x = feature
                 break
-            x = stage.downsample(x) if ends_with_step else self.next_resolution(stage, x)
+            x = self.next_resolution(stage, x)
         if intermediates_only:
             return features
         return (self.norm_map(x) if i == final else x), features
@@ -242,9 +245,11 @@ class Stage(nn.Module):
         self.blocks = Blocks(*blocks)
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(x)
-        return x if self.downsample is None else self.downsample(x)
+    def forward(self, x: Tensor, with_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, Y, X, C] to that of the next stage, `with_features` beside that of this one's blocks."""
+        features = self.blocks(x)
+        x = features if self.downsample is None else self.downsample(features)
+        return (x, features) if with_features else x
 
 
 def run(block: Callable[..., Tensor], *inputs: object, saving: bool) -> Tensor:

@@ -205,6 +205,17 @@ def test_stages_can_be_sharded(name, stages, alone):
         torch.testing.assert_close(other.grad.full_tensor(), one.grad)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # which nobody writes to here
+@pytest.mark.parametrize("name", SMALL)
+def test_stages_of_a_backbone_for_features_can_be_sharded(name, alone):
+    model, sharded = build(name, features_only=True), build(name, features_only=True)
+    for stage in sharded.model.stages_:
+        fully_shard(stage, mesh=alone)
+    fully_shard(sharded, mesh=alone)
+    images = image(model.model)
+    torch.testing.assert_close(sharded(images), model(images))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", SMALL)
