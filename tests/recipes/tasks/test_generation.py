@@ -13,7 +13,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from safetensors.torch import load_file
 from stops import Killed, kill, terminate
@@ -22,20 +21,18 @@ from torchvision import transforms
 import zoo
 from zoo.attention.swap import MECHANISMS
 from zoo.cli import main
-from zoo.diffusion.sampling import SAMPLERS, ImagePipeline, make_scheduler, sample
+from zoo.diffusion.sampling import ImagePipeline
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.layers.words import WordEncoder
 from zoo.recipes import api, pictures
 from zoo.recipes.config import recipe as read
 from zoo.recipes.data import digits, prompts
-from zoo.recipes.judging import Judge, distances, nearest
+from zoo.recipes.judging import Judge, distances
 from zoo.recipes.noising import Noising
-from zoo.recipes.schema import Diffusion
 from zoo.recipes.tasks import generation
 from zoo.recipes.tasks.generation import Generation
 
 PAGE = Path(__file__).resolve().parents[3] / "recipes" / "README.md"
-OBJECTIVES = ("rectified_flow", "ddpm_epsilon", "ddpm_v")
 RECIPE = """
 task: generation
 model: {name: dit_digits, args: {depth: 1, hidden_size: 32, num_heads: 2, in_channels: 3}}
@@ -75,24 +72,6 @@ def run(recipe_file, tmp_path, monkeypatch):
         return api.train(recipe, **keywords)
 
     return train
-
-
-@pytest.mark.slow
-def test_two_processes_validate_as_one_and_the_first_measures_alone(run, recipe_file, tmp_path):
-    still = ["optim.lr=1e-9", "optim.epochs=1", "optim.warmup_epochs=0"]  # nothing but the shares may differ
-    one = run("one", *still)
-    pair = ["data.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
-    command = [sys.executable, "-m", "zoo", "train", str(recipe_file), *still, *pair]
-    result = subprocess.run([*command, "--run-dir", str(tmp_path / "two")], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "two" / "samples.png").exists()
-    validated = [
-        float(line.split(",")[4])
-        for folder in (one.folder, tmp_path / "two")
-        for line in (folder / "metrics.csv").read_text().splitlines()[-1:]
-    ]
-    assert validated[0] == pytest.approx(validated[1], rel=1e-5)
-    assert one.metrics["val_loss"] == pytest.approx(validated[0], rel=1e-5)
 
 
 def slow(*values: object):
@@ -151,6 +130,24 @@ def test_sigterm_saves_the_step_it_came_in(run, made, at_step, tmp_path, where, 
     assert stopped.value.code == 143
     run("stopped", resume=tmp_path / "stopped")
     assert_same(made, tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_two_processes_validate_as_one_and_the_first_measures_alone(run, recipe_file, tmp_path):
+    still = ["optim.lr=1e-9", "optim.epochs=1", "optim.warmup_epochs=0"]  # nothing but the shares may differ
+    one = run("one", *still)
+    pair = ["data.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
+    command = [sys.executable, "-m", "zoo", "train", str(recipe_file), *still, *pair]
+    result = subprocess.run([*command, "--run-dir", str(tmp_path / "two")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "two" / "samples.png").exists()
+    validated = [
+        float(line.split(",")[4])
+        for folder in (one.folder, tmp_path / "two")
+        for line in (folder / "metrics.csv").read_text().splitlines()[-1:]
+    ]
+    assert validated[0] == pytest.approx(validated[1], rel=1e-5)
+    assert one.metrics["val_loss"] == pytest.approx(validated[0], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_within_its_step(run, monkeypatch, tmp_path):
@@ -226,153 +223,7 @@ def test_what_does_not_fit_together_is_one_line(run, overrides, words):
     assert "\n" not in str(refused.value)
 
 
-# ---- noise
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_what_is_predicted_leads_back_to_the_image(objective):
-    noising = Noising(Diffusion(objective=objective))
-    x, noise = torch.randn(2, 64, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-    t = noising.even(64).double()
-    noisy, target = noising.noised(x, noise, t), noising.target(x, noise, t)
-    image, level = (each[:, None, None, None] for each in noising.levels(t))
-    found = {
-        "rectified_flow": noisy - level * target,
-        "ddpm_epsilon": (noisy - level * target) / image,
-        "ddpm_v": image * noisy - level * target,
-    }[objective]
-    torch.testing.assert_close(found, x)
-    assert noising.levels(t)[1].diff().min() > 0, "noise grows with t"
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ddpm_is_that_of_diffusers(schedule):
-    noising = Noising(Diffusion(objective="ddpm_v", noise_schedule=schedule))
-    theirs = make_scheduler("ddpm", "ddpm_v", noise_schedule=schedule)
-    x, noise = torch.randn(2, 32, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    t = noising.even(32)
-    steps = noising.model_time(t).long()
-    torch.testing.assert_close(noising.noised(x, noise, t), theirs.add_noise(x, noise, steps))
-    torch.testing.assert_close(noising.target(x, noise, t), theirs.get_velocity(x, noise, steps))
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_min_snr_weighs_the_error_of_the_image(objective):
-    """The same error of the image counts min(SNR, gamma) whatever is predicted."""
-    noising = Noising(Diffusion(objective=objective, min_snr=5.0))
-    x, noise = torch.randn(2, 50, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-    t = noising.even(50).double()
-    image, level = noising.levels(t)
-    # The prediction of someone who takes the image for y, from the same noisy image.
-    y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-    spread = lambda v: v[:, None, None, None]  # noqa: E731
-    other = (noising.noised(x, noise, t) - spread(image) * y) / spread(level)
-    error = (noising.target(x, noise, t) - noising.target(y, other, t)).square().mean((1, 2, 3))
-    expected = (image / level).square().clamp(max=5) * (x - y).square().mean((1, 2, 3))
-    torch.testing.assert_close(noising.weight(t) * error, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"times": "uniform"},
-        {"times": "logit_normal", "times_mean": 0.3},
-        {"times": "mode", "mode_scale": 0.8},
-    ],
-)
-def test_times_are_those_of_diffusers(settings):
-    """diffusers weighs indices of a list that begins with noise: u there is 1 - t for logit-normal times."""
-    torch.manual_seed(0)
-    ours = Noising(Diffusion(**settings)).times(1000)
-    torch.manual_seed(0)
-    scheme = "none" if settings["times"] == "uniform" else settings["times"]
-    theirs = compute_density_for_timestep_sampling(
-        scheme, 1000, settings.get("times_mean", 0.0), 1.0, settings.get("mode_scale", 1.29)
-    )
-    torch.testing.assert_close(ours, theirs.clamp(1e-5, 1 - 1e-5))
-
-
-@pytest.mark.parametrize(
-    ("settings", "low", "high"),
-    [
-        ({"times": "uniform"}, 0.48, 0.52),
-        ({"times": "csas"}, 0.55, 0.65),
-        ({"times": "logit_normal", "times_mean": -1.0}, 0.25, 0.35),
-        ({"times": "uniform", "shift": 3.0}, 0.6, 0.75),
-    ],
-)
-def test_one_is_noise_for_every_kind_of_times(settings, low, high):
-    torch.manual_seed(0)
-    times = Noising(Diffusion(**settings)).times(4000)
-    assert times.min() > 0 and times.max() < 1
-    assert low < times.mean() < high
-
-
 # ---- samples
-
-
-class Oracle(torch.nn.Module):
-    """Predicts as if it knew the one image there is; with the condition 0 another one. Counts its samples."""
-
-    def __init__(self, objective: str, images: torch.Tensor) -> None:
-        super().__init__()
-        self.noising, self.images, self.seen = Noising(Diffusion(objective=objective)), images, 0
-
-    def forward(self, x, time, label, return_dict):
-        self.seen += len(x)
-        t = (time / 1000 if self.noising.is_flow else (time + 0.5) / 1000).double()
-        image, level = (each[:, None, None, None] for each in self.noising.levels(t))
-        clean = self.images[label].double()
-        noise = (x.double() - image * clean) / level
-        return (self.noising.target(clean, noise, t).to(x.dtype),)
-
-
-ORACLE = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(3)) - 0.5
-PAIRS = [
-    (sampler, objective)
-    for sampler, kinds in SAMPLERS.items()
-    for objective in OBJECTIVES
-    if kinds[0 if objective == "rectified_flow" else 1] is not None
-]
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
-@pytest.mark.parametrize(("sampler", "objective"), PAIRS)
-def test_every_sampler_finds_the_image_that_the_model_knows(sampler, objective):
-    noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    labels = torch.ones(3, dtype=torch.int64)
-    found = sample(
-        Oracle(objective, ORACLE), make_scheduler(sampler, objective), noise, (labels,), (0 * labels,),
-        steps=20, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    torch.testing.assert_close(found, ORACLE[1].expand(3, -1, -1, -1), atol=0.03, rtol=0)
-
-
-def test_guidance_goes_beyond_the_condition_inside_its_interval_only():
-    noise = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    one, none = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-
-    def found(guidance: float, interval: tuple[float, float]) -> tuple[torch.Tensor, int]:
-        model = Oracle("rectified_flow", ORACLE)
-        scheduler = make_scheduler("euler", "rectified_flow")
-        x = sample(model, scheduler, noise, (one,), (none,), guidance=guidance, interval=interval, steps=10)
-        return x[0], model.seen
-
-    beyond = ORACLE[0] + 3 * (ORACLE[1] - ORACLE[0])
-    x, seen = found(3.0, (0.0, 1.0))
-    torch.testing.assert_close(x, beyond, atol=1e-4, rtol=0)
-    assert seen == 20
-    x, seen = found(3.0, (2.0, 3.0))
-    torch.testing.assert_close(x, ORACLE[1], atol=1e-4, rtol=0)
-    assert seen == 10
-    assert found(3.0, (0.5, 1.0))[1] == 15 and found(1.0, (0.0, 1.0))[1] == 10
-
-
-def test_wrong_samplers_are_one_line():
-    with pytest.raises(ConfigError, match="ddim is not for rectified_flow; use euler, heun, dpm, unipc"):
-        make_scheduler("ddim", "rectified_flow")
-    with pytest.raises(ConfigError, match="unknown 'dimm'; did you mean ddim"):
-        make_scheduler("dimm", "ddpm_v")
 
 
 def test_a_saved_pipeline_makes_what_the_run_makes(made):
@@ -505,19 +356,6 @@ def test_real_digits_are_recognised_and_others_are_not(recipe_file, judge):
     assert objective.recognised(pixels, ((labels + 1) % 10).tolist()) < 0.05
 
 
-def test_distances_are_small_between_real_halves_and_large_to_noise(judge):
-    images = [Image.fromarray(image) for image in digits.held_out()[0][:120]]
-    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
-    real, other, far = (
-        judge.features(each) for each in (images[:60], images[60:], list(map(Image.fromarray, noise)))
-    )
-    state = torch.random.get_rng_state()
-    near, wide = distances(real, other), distances(real, far)
-    assert near["fid"] < wide["fid"] and near["kid"] < wide["kid"]
-    assert distances(real, real)["fid"] == pytest.approx(0, abs=1e-3)
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
 def test_one_image_has_no_distance_and_ends_no_run(made):
     real, one = torch.randn(5, 4), torch.randn(1, 4)
     assert distances(real, one) == distances(one, real) == {}
@@ -525,21 +363,10 @@ def test_one_image_has_no_distance_and_ends_no_run(made):
     assert found.made[1.0].keys() == {"nearest"} and "fid" in found.real
 
 
-def test_a_copy_is_found():
-    known = np.random.default_rng(0).integers(0, 256, (300, 4, 4, 1), dtype=np.uint8)
-    distance, which = nearest(known[[7, 250]], known)
-    assert distance.tolist() == [0, 0] and which.tolist() == [7, 250]
-    black, white = np.zeros((1, 4, 4, 1), np.uint8), np.full((1, 4, 4, 1), 255, np.uint8)
-    assert nearest(black, white)[0][0] == 4  # the root of 16 pixels
-
-
 def test_real_images_are_compared_as_the_network_sees_them():
     settings = generation.pixel_settings((1, 16, 16))
     found = generation.as_pixels(digits.Digits(train=False), settings, [0, 5])
     assert np.abs(found.astype(int) - enlarged(digits.held_out()[0][[0, 5]])).max() <= 1
-
-
-# ---- prompts
 
 
 def test_training_images_that_cannot_be_read_are_compared_with_nothing(
@@ -553,6 +380,9 @@ def test_training_images_that_cannot_be_read_are_compared_with_nothing(
     result = api.train(api.recipe(recipe_file, overrides), run_dir=tmp_path / "lenient")
     assert np.isfinite(result.evaluation.real["nearest"])
     assert (result.folder / "nearest.png").exists()
+
+
+# ---- prompts
 
 
 def test_words_have_an_order_and_a_vocabulary():
