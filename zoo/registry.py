@@ -461,7 +461,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _find(name: str) -> Entry:
     entries = _all()
-    if name not in entries:
+    if not isinstance(name, str) or name not in entries:
         near = did_you_mean(str(name), entries) or "; zoo.list_models() has all names"
         raise ConfigError(f"unknown model {name!r}{near}")
     return entries[name]

@@ -19,6 +19,9 @@ def test_unknown_names_suggest_near_ones():
         zoo.create_model("nat_tny")
     with pytest.raises(zoo.ConfigError, match="zoo.list_models"):
         zoo.create_model("completely-else")
+    for wrong in (None, ["nat_tiny"]):
+        with pytest.raises(zoo.ConfigError, match="unknown model"):
+            zoo.create_model(wrong)
     with pytest.raises(zoo.ConfigError, match="unknown family 'nad'; use .*nat.*did you mean nat"):
         zoo.list_models(family="nad")
     with pytest.raises(zoo.ConfigError, match="unknown task 'clasification'.*did you mean classification"):
