@@ -16,7 +16,7 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 from safetensors.torch import load_file
-from stops import Killed, interrupt, kill, terminate
+from stops import Killed, assert_same, interrupt, kill, terminate
 from torch.utils.data._utils import signal_handling
 
 from zoo.errors import ConfigError, DataError, IntegrityError, ZooError
@@ -33,16 +33,6 @@ from zoo.recipes.trainer import Beginning
 from zoo.recipes.training import Training
 
 STEPS = 6  # of the small recipe: three in each of two epochs
-
-
-def outcome(folder: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    return (folder / "metrics.csv").read_text(), load_file(folder / "model.safetensors")
-
-
-def assert_same(one: Path, other: Path) -> None:
-    (metrics, weights), (other_metrics, other_weights) = outcome(one), outcome(other)
-    assert other_metrics == metrics
-    assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
 
 
 # ---- what a run leaves

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from stops import Killed
+from stops import Killed, assert_same
 
 from zoo.recipes import api, pictures
 from zoo.recipes.training import Training
@@ -64,21 +62,6 @@ def train(recipes, monkeypatch) -> Callable[..., None]:
             api.train(made, **keywords)
 
     return run
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """The same losses, the same weights in the model file, the same state of the optimiser."""
-    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
-    weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[key], others[key]) for key in weights)
-    first, second = (
-        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-        for folder in (one, other)
-    )
-    assert all(
-        torch.equal(value, second[index][key]) for index, each in first.items() for key, value in each.items()
-    )
 
 
 @pytest.mark.slow

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from stops import Killed, kill, terminate
+from stops import Killed, assert_same, kill, terminate
 from torchvision import transforms
 
 import zoo
@@ -77,13 +76,6 @@ def run(recipe_file, tmp_path, monkeypatch):
 def slow(*values: object):
     """A case for the slow tests."""
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def assert_same(one: Path, other: Path) -> None:
-    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
-    weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 # ---- a run
