@@ -7,9 +7,9 @@ choice is made once per call.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,12 @@ class Availability:
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {}  # filled by every op.py, fastest backend first
 
-_default: ContextVar[str] = ContextVar("zoo_backend", default="auto")
+_here = threading.local()  # torch.compile heeds it; of a ContextVar torch 2.11 makes no graph
 
 
 def current_backend() -> str:
     """Return what `auto` stands for here; hand it to `use_backend` where work is repeated later."""
-    return _default.get()
+    return getattr(_here, "backend", "auto")
 
 
 @contextmanager
@@ -69,11 +69,15 @@ def use_backend(name: str) -> Iterator[None]:
     names = ["auto", *dict.fromkeys(backend.name for table in OPERATIONS.values() for backend in table)]
     if name not in names:
         raise ConfigError(f"unknown backend {name!r}; use {', '.join(names)}{did_you_mean(str(name), names)}")
-    token = _default.set(name)
+    before = getattr(_here, "backend", None)
+    _here.backend = name
     try:
         yield
     finally:
-        _default.reset(token)
+        if before is None:
+            del _here.backend  # what was compiled without it is compiled for this
+        else:
+            _here.backend = before
 
 
 def resolve(op: str, requested: str, call: Any) -> tuple[Backend, str]:
@@ -83,7 +87,7 @@ def resolve(op: str, requested: str, call: Any) -> tuple[Backend, str]:
     it.
     """
     table = OPERATIONS[op]
-    name = _default.get() if requested == "auto" else requested
+    name = current_backend() if requested == "auto" else requested
     refusals = []
     if name == "auto":
         for backend in table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -148,15 +149,13 @@ def test_a_name_that_timm_has_is_registered_beside_it(monkeypatch):
 
     theirs = timm.models.model_entrypoint("resnet18")
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    try:
-        register_family(NAT, {"resnet18": NAT_ROWS["nat_digits"]}, paper="", attention="", cfg=IMAGENET)
-        assert timm.models.model_entrypoint("resnet18") is theirs
-        assert isinstance(zoo.create_model("resnet18"), NAT)
-        assert isinstance(timm.create_model("zoo_resnet18"), NAT)
-    finally:
-        from timm.models import _registry
-
-        _registry._clear_model_entries("zoo_resnet18")
+    for name, known in vars(timm.models._registry).items():
+        if name.startswith(("_model", "_module")):
+            monkeypatch.setattr(timm.models._registry, name, copy.deepcopy(known))
+    register_family(NAT, {"resnet18": NAT_ROWS["nat_digits"]}, paper="", attention="", cfg=IMAGENET)
+    assert timm.models.model_entrypoint("resnet18") is theirs
+    assert isinstance(zoo.create_model("resnet18"), NAT)
+    assert isinstance(timm.create_model("zoo_resnet18"), NAT)
 
 
 @pytest.mark.parametrize(
