@@ -48,9 +48,10 @@ def bilevel_routing_attention(
 
     Shapes: q [B, Y, X, Hq, D], cut into `regions` equal rectangles counted row by row, p in all; k
         [B, Yk, Xk, Hkv, D] and v [B, Yk, Xk, Hkv, Dv] are cut into as many and may be coarser than q. Query
-        head h reads key head h // (Hq // Hkv). routes [B, p, topk], whole numbers from 0 to p - 1; a region
-        listed twice counts twice. route_weights [B, p, topk] multiplies the keys and the values of a routed
-        region. Returns [B, Y, X, Hq, Dv] and, with `return_lse`, the natural-log LSE [B, Y, X, Hq].
+        head h reads key head h // (Hq // Hkv). routes [B, p, topk], whole numbers from 0 to p - 1, which is
+        checked on a CPU only, since a GPU would be waited for; a region listed twice counts twice.
+        route_weights [B, p, topk] multiplies the keys and the values of a routed region. Returns
+        [B, Y, X, Hq, Dv] and, with `return_lse`, the natural-log LSE [B, Y, X, Hq].
     Units: regions per axis, one number or (rows, columns), which divide it; scale multiplies q.k and is
         D**-0.5 by default. (The published models scale by the width of all heads together.)
     Numerics: logits and softmax in at least float32, result in q's dtype. Cost: p * topk region pairs; memory

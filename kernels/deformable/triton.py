@@ -18,8 +18,9 @@ from zoo.kernels.tile.launch import Bias
 from zoo.kernels.tile.policies import bilinear_corner
 
 CHANNELS = 64  # of a position that are read at once
-# Reading a table between its entries takes four loads and their addresses for each pair of tokens.
-WITH_TABLE = Config(64, 32, 8, 1)
+# Reading a table between its entries takes four loads and their addresses for each pair of tokens. By bytes
+# of a row at most; 99 KB of shared memory, which the smallest architectures have, are enough.
+WITH_TABLE = {256: Config(64, 32, 8, 1), 512: Config(32, 32, 8, 1), 1024: Config(16, 16, 8, 1)}
 GRADIENTS = Config(32, 16, 8, 1)
 
 
@@ -130,7 +131,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, Y, X, H, Dv] in q's dtype and the natural-log LSE [B, Y, X, H]."""
-    grid, added = q.shape[1:3], _bias(q, positions, table, bias, corners)
+    grid, added = q.shape[1:3], _bias(q, v, positions, table, bias, corners)
     q = q.flatten(1, 2)
     out, lse = launch.forward(q, k, v, launch.dense(q, k), scale, added)
     return out.unflatten(1, grid), lse.unflatten(1, grid)
@@ -153,7 +154,7 @@ def backward(
     bias_grad: bool,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v, with `table_grad` of positions and table, with `bias_grad` of bias."""
-    grid, added = q.shape[1:3], _bias(q, positions, table, bias, corners)
+    grid, added = q.shape[1:3], _bias(q, v, positions, table, bias, corners)
     grad_out, q, out, lse = (x.flatten(1, 2) for x in (grad_out, q, out, lse))
     grad_lse = None if grad_lse is None else grad_lse.flatten(1, 2)
     tiling = launch.dense(q, k)
@@ -168,7 +169,7 @@ def backward(
 
 def describe(q: Tensor, v: Tensor, biased: bool, *, with_table: bool) -> str:
     """How a call would be computed, in words."""
-    config = WITH_TABLE if with_table else launch.config_of("forward", q, v, biased)
+    config = _with_table(q, v) if with_table else launch.config_of("forward", q, v, biased)
     return f"tiles of at most {config.queries} queries and {config.keys} keys, {config.warps} warps"
 
 
@@ -203,8 +204,20 @@ def _bilinear_gradients(
     return [dpositions.to(positions.dtype), dtable.to(table.dtype)]
 
 
+def _with_table(q: Tensor, v: Tensor) -> Config:
+    """The configuration for heads of such widths."""
+    sizes = launch.constants(q, v)
+    row = max(sizes["PD"], sizes["PDV"]) * q.element_size()
+    return WITH_TABLE[min(max(row, min(WITH_TABLE)), max(WITH_TABLE))]
+
+
 def _bias(
-    q: Tensor, positions: Tensor | None, table: Tensor | None, bias: Tensor | None, corners: bool
+    q: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    corners: bool,
 ) -> Bias:
     if table is None:
         return launch.table(bias)
@@ -214,7 +227,7 @@ def _bias(
         table, table.stride(0), *table.shape[1:], positions, *positions.stride()[:3],
         q.shape[3] // positions.shape[1], q.shape[2], *places[0], *places[1],
     )  # fmt: skip
-    return Bias(policies.bilinear_bias, data, WITH_TABLE)
+    return Bias(policies.bilinear_bias, data, _with_table(q, v))
 
 
 def _places_of(length: int, corners: bool) -> tuple[int, int]:

@@ -187,7 +187,7 @@ def _table_gradient(
     config = launch.config_of("drelative", q, v)
     policy = tiling_of(axes)(config.queries, config.keys)
     tq, tk, *sides = policy.shape[:8]
-    low, counts, _ = _places(tuple(a.kernel_size for a in axes), tuple(sides))
+    low, counts = _places(tuple(a.kernel_size for a in axes), tuple(sides))
     places, work = prod(counts), batch * policy.query_tiles
     splits = max(1, min(work, PROGRAMS // (heads * places)))
     sums = rows.new_empty(splits, heads, places * tq * tk)
@@ -201,39 +201,50 @@ def _table_gradient(
         **launch.constants(q, v),
     )  # fmt: skip
     # Every offset has one key for each query of a tile: a gather and a sum, in a fixed order.
-    entries = _entries(tuple(a.kernel_size for a in axes), tuple(sides), q.device)
+    entries = _entries(tuple(a.kernel_size for a in axes), tuple(sides), low, counts, q.device)
     return sums.sum(dim=0)[:, entries].sum(dim=-1).view(rpb.shape).to(rpb.dtype)
 
 
 @lru_cache(maxsize=64)
-def _entries(kernel_size: tuple[int, ...], sides: tuple[int, ...], device: torch.device) -> Tensor:
-    """The last of `_places` on a device, copied there once: a copy waits, and no CUDA graph can record it."""
-    return torch.from_numpy(_places(kernel_size, sides)[2]).to(device)
+def _places(kernel_size: tuple[int, ...], sides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First place of a key tile beside a query tile, and number of places, on each axis.
 
-
-@lru_cache(maxsize=64)
-def _places(
-    kernel_size: tuple[int, ...], sides: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray]:
-    """Where a key tile may lie beside a query tile, and which entries of which place have which offset.
-
-    First place and number of places on each axis, and [bins, TQ] flat (place, query, key): for every entry of
-    the bias table the one key of each query. The places begin where the windows of inner tiles do.
+    The places begin where the windows of inner tiles do.
     """
-    kernel_size = (1,) * (3 - len(kernel_size)) + kernel_size
-    low, counts, per_axis = [], [], []
-    for axis, (size, query_side, key_side) in enumerate(zip(kernel_size, sides[:3], sides[3:], strict=True)):
+    low, counts = [], []
+    for size, query_side, key_side in zip(_three(kernel_size), sides[:3], sides[3:], strict=True):
         low.append(-(size // 2) - -(-(size - 1 - size // 2) // key_side) * key_side)
         counts.append(-(-(query_side - 1 + size - low[-1]) // key_side))
-        offset, query = np.arange(1 - size, size), np.arange(query_side)
-        place, key = np.divmod(offset[:, None] + query - low[-1], key_side)  # [2 K - 1, query_side]
+    return tuple(low), tuple(counts)
+
+
+def _entries(
+    kernel_size: tuple[int, ...],
+    sides: tuple[int, ...],
+    low: tuple[int, ...],
+    counts: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    """[bins, TQ] flat (place, query, key): for every entry of the bias table the one key of each query.
+
+    Made by the device in each call: a copy would wait for it, and what is kept from one call to the next may
+    lie in memory that a CUDA graph uses again.
+    """
+    index = torch.zeros([1] * 6, dtype=torch.int64, device=device)
+    place_step, query_step, key_step = prod(sides), prod(sides[3:]), 1
+    for axis, size in reversed(list(enumerate(_three(kernel_size)))):
+        query_side, key_side = sides[axis], sides[3 + axis]
+        query = torch.arange(query_side, device=device)
+        token = torch.arange(1 - size - low[axis], size - low[axis], device=device)[:, None] + query
+        part = token // key_side * place_step + query * query_step + token % key_side * key_step
         shape = [1] * 6
-        shape[axis], shape[3 + axis] = place.shape
-        per_axis.append([x.reshape(shape) for x in np.broadcast_arrays(place, query, key)])
-    flat = [0, 0, 0]
-    lengths = (counts, sides[:3], sides[3:])
-    for axis, parts in enumerate(per_axis):
-        flat = [f * length[axis] + part for f, part, length in zip(flat, parts, lengths, strict=True)]
-    place, query, key = flat
-    index = (place * prod(sides[:3]) + query) * prod(sides[3:]) + key
-    return tuple(low), tuple(counts), index.reshape(-1, prod(sides[:3]))
+        shape[axis], shape[3 + axis] = part.shape
+        index = index + part.view(shape)
+        place_step, query_step, key_step = (
+            place_step * counts[axis], query_step * query_side, key_step * key_side
+        )  # fmt: skip
+    return index.reshape(-1, prod(sides[:3]))
+
+
+def _three(kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) * (3 - len(kernel_size)) + kernel_size

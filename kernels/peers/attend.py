@@ -36,7 +36,7 @@ def with_flex(
 @cache
 def compiled_flex() -> Callable[..., Any]:
     """flex_attention through torch.compile, 10 to 60 seconds for each kind of call; without, it computes all
-    pairs of tokens."""
+    pairs of tokens, and so it does behind eight kinds (torch._dynamo.config.recompile_limit)."""
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -179,7 +179,7 @@ def pair_gradient(
     if batch == 0:
         return torch.zeros_like(table)
     dtable = q.new_empty(table.shape, dtype=_sums(q))
-    config = config_of("dtable", q, v)
+    config = config_of("dpairs", q, v)
     policy = tiling(config.queries, config.keys)
     tiles = policy.query_tiles, policy.key_tiles
     launch(

@@ -71,6 +71,11 @@ WISHES = {
         2: [(64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1)],
         4: [(64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
     },
+    "dpairs": {
+        2: [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1),
+            (32, 32, 4, 1)],
+        4: [(64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
+    },
     "drelative": {
         2: [(64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 4, 1)],
         4: [(32, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
@@ -185,9 +190,9 @@ def windows(width: int, size: int, *, biased: bool = True, shift: int = 0) -> No
     ops.window_attention(q, k, v, size, shift=shift, bias=bias).sum().backward()
 
 
-def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     """Tensors that want gradients."""
-    return [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    return [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 def everything(width: int, *, masked: bool = False) -> None:
@@ -198,9 +203,9 @@ def everything(width: int, *, masked: bool = False) -> None:
     (out.sum() + lse.sum()).backward()
 
 
-def agents(width: int, tokens: int, count: int) -> None:
+def agents(width: int, tokens: int, count: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Attention through agents with both biases, forward and backward."""
-    q, k, v, few = leaves(*[(2, tokens, 2, width)] * 3, (2, count, 2, width))
+    q, k, v, few = leaves(*[(2, tokens, 2, width)] * 3, (2, count, 2, width), dtype=dtype)
     bias_in, bias_out = leaves((2, count, tokens), (2, tokens, count))
     ops.agent_attention(q, k, v, few, bias_in=bias_in, bias_out=bias_out).sum().backward()
 
@@ -308,6 +313,7 @@ HUNGRY = {
     **dict.fromkeys(WISHES, lambda width, dtype: near(width, NAT, dtype, biased=True)),
     **dict.fromkeys(("forward", "dq", "dkv"), lambda width, dtype: near(width, VIDEO, dtype)),
     "dtable": lambda width, dtype: blocks(width, 128, dtype, biased=True),
+    "dpairs": lambda width, dtype: agents(width, 3136, 49, dtype),
 }
 
 
@@ -356,6 +362,7 @@ def _spills(
         with (
             mock.patch.object(launch, "choose", lambda *key: configs.Config(*wish)),
             compiling(kernel.removesuffix(" with bias")) as compiled,
+            on_a_device(),
         ):
             HUNGRY[kernel](width, dtype)
     except triton.runtime.errors.OutOfResources:

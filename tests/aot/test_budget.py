@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,12 +36,39 @@ SAMPLE = (
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def compiled(architecture: str, *cases: str) -> dict[str, dict[str, int]]:
-    command = [sys.executable, "-W", "ignore", BENCH / "compile_kernels.py", architecture, *cases]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+# Bytes of shared memory by kernel: all that attention with tables launches for the widest heads.
+WIDEST = """
+import json, sys
+import compile_kernels as script
+script.compile_for(sys.argv[1])
+with script.compiling() as compiled, script.on_a_device():
+    script.agents(256, 784, 49)
+    script.sampled_keys(256, 28, 49)
+print(json.dumps([[kernel, result.metadata.shared] for kernel, _, result in compiled]))
+"""
+
+
+def answer(*command: object) -> Any:
+    """What a Python program prints, as JSON."""
+    paths = os.pathsep.join(map(str, (ROOT, BENCH)))
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", *command]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)
+
+
+def compiled(architecture: str, *cases: str) -> dict[str, dict[str, int]]:
+    return answer(BENCH / "compile_kernels.py", architecture, *cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED)
+def test_heads_of_256_channels_fit_the_shared_memory(architecture):
+    used = answer("-c", WIDEST, architecture)
+    assert {kernel for kernel, _ in used} >= {"forward", "dq", "dkv", "dpairs", "dbilinear"}
+    for kernel, shared in used:
+        assert shared <= SHARED[architecture], kernel
 
 
 @pytest.mark.slow
