@@ -210,6 +210,63 @@ def test_what_does_not_compile_is_told_and_the_rest_compiled(suite, monkeypatch)
     assert "died" in table[cases[0].name]["error"] and told
 
 
+def test_a_run_goes_on_with_a_new_context_behind_a_kernel_that_broke_the_old_one(
+    suite, monkeypatch, tmp_path
+):
+    broken, good = (
+        next(c for c in suite.CASES if c.name.startswith(name)) for name in ("segments", "49 agents")
+    )
+    steps = []
+
+    class Replaced(Exception):
+        pass
+
+    def check(case, *_):
+        steps.append(f"check {case.op}")
+        if case is broken:
+            raise RuntimeError("CUDA error: an illegal memory access\nmore of it")
+        return [{"case": case.name, "right": True}]
+
+    def synchronize():
+        if steps[-1] == f"check {broken.op}":
+            raise RuntimeError("CUDA error: an illegal memory access\nmore of it")
+
+    def execv(program, arguments):
+        raise Replaced(*arguments)
+
+    monkeypatch.setattr(suite, "about_device", lambda: {"device": "made up", "capability": "9.0"})
+    monkeypatch.setattr(suite, "ceilings", lambda: {"bytes": 1.0})
+    monkeypatch.setattr(suite, "compile_all", lambda *_: steps.append("compile") or {})
+    monkeypatch.setattr(suite, "check", check)
+    monkeypatch.setattr(suite, "bench", lambda case, results: steps.append(f"time {case.op}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "execv", execv)
+    file = tmp_path / "made_up.json"
+    with pytest.raises(Replaced) as again:
+        suite.measure([broken, good], file, tuning=False)
+    assert again.value.args[-4:-1] == ("--out", str(file), "--until")
+    assert steps == ["compile", *[f"check {broken.op}"] * 3 * len(broken.small)]
+    steps.clear()
+    assert suite.measure([broken, good], file, tuning=False, end=float(again.value.args[-1])) == 1
+    assert steps == [*[f"check {good.op}"] * 3 * len(good.small), f"time {good.op}"]
+    found = json.loads(file.read_text())
+    assert found["checks"][0]["error"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert {"what": f"times of {broken.name}", "why": "its operation is wrong"} in found["left_out"]
+
+
+def test_what_is_timed_already_is_not_timed_again(suite, monkeypatch, tmp_path):
+    results = suite.Results(tmp_path / "made_up.json", {})
+    results.found["ceilings"] = dict.fromkeys(("bytes", "flops", "exps"), 1.0)
+    problem = suite.Problem({}, lambda x, backend: None, flops=1, moved=1, exps=1)
+    case = suite.Case("made up", "attention", lambda make, **size: problem, (), {})
+    results.found["rows"] = [{"case": "made up", "step": "forward", "by": "triton", "error": "context lost"}]
+    monkeypatch.setattr(suite, "free", lambda: None)
+    suite.bench(case, results)
+    assert [(row["step"], row["by"]) for row in results.found["rows"]] == [
+        ("forward", "triton"), ("training", "triton"),
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_the_comparison_with_float64_runs_and_finds_what_is_wrong():
     code = (
