@@ -85,6 +85,12 @@ def recipe(
         raw = _merge_plain(_read_parent(parent, file), raw)
     for text in overrides:
         override(raw, text)
+    told, model = {text.partition("=")[0].strip() for text in overrides}, raw.get("model")
+    names_file = (
+        isinstance(model, dict) and model.get("checkpoint") is not None and "model.checkpoint" in told
+    )
+    if names_file and "model.pretrained" not in told:
+        model["pretrained"] = False  # the recipe's start, which the file takes the place of
     made = build(raw, source=str(file), allow_missing=allow_missing)
     if not made.name:
         made.name = file.stem
@@ -511,7 +517,10 @@ def _check_together(made: Recipe) -> None:
     if model.probe is not None and model.freeze:
         raise ConfigError("model.probe freezes the network already; leave model.freeze out")
     if model.pretrained and model.checkpoint is not None:
-        raise ConfigError("model.pretrained and model.checkpoint are both given; choose one start")
+        raise ConfigError(
+            "model.pretrained and model.checkpoint are both given; "
+            "model.pretrained=false starts from the file"
+        )
     if data.download and data.name in data.local:
         raise ConfigError(f"data.download is for torchvision sets; data.name={data.name} needs none")
     if optim.ema is not None and made.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):

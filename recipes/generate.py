@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, at_least
 from zoo.recipes.run_folder import Trained, choose_device, load_trained
 
 BATCH = 64
@@ -59,6 +59,7 @@ def generate(
     keyword = "prompt" if prompt is not None or (classes is None and pipe.config.words) else "class_labels"
     if not asked:
         raise ConfigError(f"{source} makes what a prompt says; such as prompt='a seven left of a three'")
+    at_least(0, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     images: list[Image.Image] = []
     for start in range(0, len(asked), BATCH):

@@ -188,7 +188,8 @@ def _why_unreadable(data: bytes, name: str, error: Exception) -> str:
             f"{name} is not a readable weights file: it is cut off, or holds more than a state dict, which "
             "could run code when read; fetch it again or ask for the state dict alone"
         )
-    reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    tells = str(error) and not isinstance(error, KeyError)  # whose text is the bare key
+    reason = str(error).splitlines()[0][:120] if tells else type(error).__name__
     return f"{name} is not a readable weights file ({reason}); it may be cut off: fetch it again"
 
 

@@ -134,6 +134,14 @@ def test_only_timms_notation_is_an_augmentation(good, notation):
 # ---- what must fit together
 
 
+def test_a_file_to_start_from_takes_the_place_of_the_weights_of_the_recipe():
+    start = lambda *told: recipe("classification/folder", ["data.root=x", *told]).model  # noqa: E731
+    assert start().pretrained
+    assert start("model.checkpoint=null").pretrained
+    model = start("model.checkpoint=file.safetensors")
+    assert (model.pretrained, model.checkpoint) == (False, "file.safetensors")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -143,7 +151,10 @@ def test_only_timms_notation_is_an_augmentation(good, notation):
         (["data.mean=[0.5, 0.5]"], "3 are wanted"),
         (["optim.epochs=3", "optim.warmup_epochs=4"], "longer than"),
         (["optim.epochs=3", "optim.warmup_epochs=1", "trainer.val_every=4"], "more than all 3 epochs"),
-        (["model.pretrained=true", "model.checkpoint=x.pth"], "choose one"),
+        (
+            ["model.pretrained=true", "model.checkpoint=x.pth"],
+            "both given; model.pretrained=false starts from",
+        ),
         (["data.download=true"], "needs none"),
         (["optim.ema=0.9", "trainer.strategy=fsdp"], "optim.ema=null"),
         (["optim.ema=0.9", "trainer.precision=bf16-true"], "too coarse"),

@@ -28,7 +28,7 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
     sampler: Annotated[str | None, typer.Option(help="euler, heun, dpm, unipc, ddim or ddpm.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed makes the same images.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for grid.png and the single images.")] = Path(
         "generated"
     ),

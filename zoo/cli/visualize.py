@@ -253,13 +253,15 @@ def _load(source: str, random: bool, size: int | None) -> tuple[nn.Module, str, 
     makes_images = f"{source} makes images, which zoo generate does; visualize is for classifiers"
     if source in list_models(task="generation"):
         raise ConfigError(makes_images)
-    ours = source in list_models(task="classification")
-    if not ours and timm.is_model(source):
-        model = _from_timm(source, random, size)
-        name, classes, settings = source, [], InputSettings.of(model)
+    ours, theirs = source in list_models(task="classification"), source.removeprefix("timm/")
+    if not ours and timm.is_model(theirs):
+        model = _from_timm(theirs, random, size)
+        name, classes, settings = theirs, [], InputSettings.of(model)
     elif ours and random:
         model = create_model(source)
         name, classes, settings = source, [], InputSettings.of(model)
+    elif random:
+        raise ConfigError(f"--random is for the name of a model; {source} has weights of its own to look at")
     else:
         trained = load_trained(source)
         if trained.recipe is not None and trained.recipe.task == "generation":

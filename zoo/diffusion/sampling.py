@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, at_least, did_you_mean
@@ -42,7 +43,8 @@ def make_scheduler(
     """
     if sampler not in SAMPLERS or objective not in OBJECTIVES:
         value, known = (sampler, SAMPLERS) if sampler not in SAMPLERS else (objective, OBJECTIVES)
-        raise ConfigError(f"unknown {value!r}{did_you_mean(value, known)}; use {', '.join(known)}")
+        what = "sampler" if known is SAMPLERS else "objective"
+        raise ConfigError(f"unknown {what} {value!r}{did_you_mean(value, known)}; use {', '.join(known)}")
     is_flow = objective == "rectified_flow"
     names = {key: flow if is_flow else other for key, (flow, other) in SAMPLERS.items()}
     name = names[sampler]
@@ -79,7 +81,7 @@ def sample(
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
     steps: int = 25,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
     """Turn noise [B, C, ..] into samples under conditions [B, ..]; `nothing` are those of no condition.
 
@@ -183,12 +185,13 @@ class ImagePipeline(DiffusionPipeline):
         guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int = 25,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
         """Generate an image for each class or prompt; the same generator seed gives the same images.
 
+        `generator`: one, or one for each image; on the CPU, so that a seed means the same on every machine.
         `output_type`: "pil", "np" [B, height, width, C] in 0..1, or "latent" for the model's own space.
         Raises ConfigError.
         """
@@ -203,8 +206,12 @@ class ImagePipeline(DiffusionPipeline):
             )
         conditions, nothing = self.conditions(class_labels, prompt)
         shape = (len(conditions[0]), *self.config.sample_shape)
-        # Drawn on the CPU, so that a seed means the same images on every machine.
-        noise = torch.randn(shape, generator=generator).to(self._execution_device, self.transformer.dtype)
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ConfigError(
+                f"generator must be one or {shape[0]}, one for each image, found {len(generator)}"
+            )
+        device = torch.device("cpu") if generator is None else self._execution_device
+        noise = randn_tensor(shape, generator, device).to(self._execution_device, self.transformer.dtype)
         was_training = self.transformer.training
         try:
             x = sample(

@@ -27,7 +27,7 @@ class Segmenter(nn.Module):
     UPerNet and 128 for Semantic FPN, whose pyramid is twice as wide). `auxiliary` is the number of channels
     of a second head on the last stage but one, which only training uses; 0 leaves it out.
     Any timm model with `forward_intermediates` is a backbone; what it has behind the last stage is dropped.
-    Raises: ConfigError for a wrong head or stage, no class, or a width below 1.
+    Raises: ConfigError for a wrong backbone, head or stage, no class, or a width below 1.
     """
 
     def __init__(
@@ -45,6 +45,11 @@ class Segmenter(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise ConfigError(f"unknown head {head!r}; one of {', '.join(HEADS)}{did_you_mean(head, HEADS)}")
+        if not isinstance(backbone, nn.Module) or not hasattr(backbone, "prune_intermediate_layers"):
+            raise ConfigError(
+                f"backbone must be a model of the zoo's or timm's, made without features_only, found "
+                f"{type(backbone).__name__}"
+            )
         # Before the backbone loses what is not decoded.
         at_least(1, num_classes=num_classes, **({} if channels is None else {"channels": channels}))
         at_least(0, auxiliary=auxiliary)

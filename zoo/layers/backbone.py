@@ -9,7 +9,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, at_least
 from zoo.layers.checkpoint import checkpoint
 
 POSITION_TABLES = ("rpb", "relative_position_bias_table", "rpe_table")  # of all attention modules
@@ -182,7 +182,11 @@ class Backbone(nn.Module):
         return self.get_submodule(self.head_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for `num_classes` (0: none), and the pooling where given."""
+        """Replace the classifier by a new one for `num_classes` (0: none), and the pooling where given.
+
+        Raises: ConfigError for another number of classes.
+        """
+        at_least(0, num_classes=num_classes)
         parameter = next(self.parameters())
         trainable = any(p.requires_grad for p in self.parameters())
         self.num_classes = num_classes

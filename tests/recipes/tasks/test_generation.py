@@ -268,10 +268,32 @@ def test_a_pipeline_leaves_the_mode_of_its_model_and_follows_offloading(made, mo
         pipe(class_labels=[])
 
 
+def test_a_generator_for_each_image_is_what_makes_it(made):
+    pipe = ImagePipeline.from_pretrained(made / "diffusers")
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(labels: list[int], seeds: list[int]) -> torch.Tensor:
+        each = [torch.Generator().manual_seed(seed) for seed in seeds]
+        how = {"num_inference_steps": 2, "output_type": "latent"}
+        return pipe(labels, generator=each, **how).images
+
+    together = images([0, 1], [3, 4])
+    torch.testing.assert_close(
+        together, torch.cat([images([0], [3]), images([1], [4])]), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ConfigError, match="generator must be one or 2, one for each image, found 3"):
+        images([0, 1], [3, 4, 5])
+
+
+def test_a_seed_is_a_whole_number(made):
+    with pytest.raises(ConfigError, match="seed must be a whole number from 0, found 'a'"):
+        api.generate(made, classes=[0], seed="a")
+
+
 def test_another_sampler_is_for_one_call(made):
     trained = api.load_trained(made)
     before = trained.recipe.sampling.sampler
-    with pytest.raises(ConfigError, match="unknown 'bogus'"):
+    with pytest.raises(ConfigError, match="unknown sampler 'bogus'"):
         api.generate(trained, classes=[0], steps=1, sampler="bogus")
     assert trained.recipe.sampling.sampler == before
 

@@ -54,6 +54,8 @@ def test_a_photograph_a_block_and_a_query_can_be_chosen(capsys, tmp_path):
         (["nat_digits", "digits:3", "--block", "9"], "no attention block '9'"),
         (["nat_digit", "digits:3"], "did you mean nat_digits"),
         (["resnet18", "digits:3", "--random"], "ResNet has no attention known here"),
+        (["timm/resnet18", "digits:3", "--random"], "ResNet has no attention known here"),
+        (["here.pth", "digits:3", "--random"], "--random is for the name of a model; here.pth has weights"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path):

@@ -73,5 +73,5 @@ def test_guidance_goes_beyond_the_condition_inside_its_interval_only():
 def test_wrong_samplers_are_one_line():
     with pytest.raises(ConfigError, match="ddim is not for rectified_flow; use euler, heun, dpm, unipc"):
         make_scheduler("ddim", "rectified_flow")
-    with pytest.raises(ConfigError, match="unknown 'dimm'; did you mean ddim"):
+    with pytest.raises(ConfigError, match="unknown sampler 'dimm'; did you mean ddim"):
         make_scheduler("dimm", "ddpm_v")

@@ -129,6 +129,14 @@ def test_wrong_arguments_are_named_and_leave_the_backbone_whole(keywords, words)
     assert list(backbone.state_dict()) == keys
 
 
+@pytest.mark.parametrize("source", ["none", "zoo", "timm"])
+def test_what_is_no_backbone_is_refused(source):
+    name = {"zoo": "nat_digits", "timm": "resnet10t"}.get(source)
+    wrong = timm.create_model(name, features_only=True) if name else None
+    with pytest.raises(ConfigError, match="backbone must be a model .*made without features_only, found"):
+        Segmenter(wrong, 3)
+
+
 def test_decoders_by_themselves_refuse_no_class_and_no_width():
     with pytest.raises(ConfigError, match="num_classes must be a whole number from 1, found 0"):
         UPerNet([4, 8], 0)

@@ -84,6 +84,10 @@ def test_pools_that_are_not_its_own_are_refused(name):
         zoo.create_model(name, global_pool="catavgmax")
     with pytest.raises(zoo.ConfigError, match="global_pool must be .* found 'bogus'"):
         build(name).reset_classifier(5, "bogus")
+    model = build(name)
+    with pytest.raises(zoo.ConfigError, match="num_classes must be a whole number from 0, found -1"):
+        model.reset_classifier(-1)
+    assert model.num_classes == 10
 
 
 @pytest.mark.parametrize("name", SMALL)
