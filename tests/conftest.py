@@ -16,7 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but for those of the oldest torch about itself."""
     if torch.__version__ < (2, 12):
         for told in (
-            "`torch.jit.script:DeprecationWarning",
+            "`torch.jit:DeprecationWarning",
             "The .grad attribute of a Tensor that is not a leaf:UserWarning",
             "The given buffer is not writable:UserWarning",
         ):
