@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from PIL import Image
 from timm.utils import natural_key
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, did_you_mean
 from zoo.recipes.data.captions import Captioned, Encode, key_of
 from zoo.recipes.data.loader import BadImage, EpochLoader, Images
 from zoo.recipes.data.transforms import InputSettings, JointTransform
@@ -254,6 +255,8 @@ class LoraTask(base.Task):
         folder = Path(recipe.model.checkpoint)
         _refuse_other_pipeline(recipe)
         size = _size(recipe)
+        if train:
+            _try_changes(recipe)
         return Captioned(
             data.root,
             "train" if train else "val",
@@ -267,9 +270,8 @@ class LoraTask(base.Task):
 
     def build_model(self, recipe: LoraRecipe, num_classes: int) -> nn.Module:
         import diffusers
-        from peft import LoraConfig
 
-        folder, part = Path(recipe.model.checkpoint), recipe.lora
+        folder = Path(recipe.model.checkpoint)
         _refuse_other_pipeline(recipe)
         kind = getattr(diffusers, KINDS[recipe.model.name].transformer)
         inside = {"subfolder": "transformer"} if (folder / "transformer").is_dir() else {}
@@ -278,18 +280,7 @@ class LoraTask(base.Task):
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ConfigError(f"model.checkpoint={folder} holds no {kind.__name__} ({reason})") from None
-        model.requires_grad_(False)
-        settings = LoraConfig(
-            r=part.rank, lora_alpha=part.alpha, lora_dropout=part.dropout, target_modules=part.targets,
-            init_lora_weights="gaussian",
-        )  # fmt: skip
-        try:
-            model.add_adapter(settings)
-        except ValueError as error:
-            raise ConfigError(f"lora.targets={part.targets}: {' '.join(str(error).split())[:160]}") from None
-        if recipe.model.grad_checkpointing:
-            model.enable_gradient_checkpointing()
-        _apply(model, recipe)
+        _change(model, recipe)
         # Checkpoints hold what is trained: the base is large, and where it was.
         model.register_state_dict_post_hook(_keep_adapters)
         model.register_load_state_dict_post_hook(_miss_no_base)
@@ -437,6 +428,37 @@ def _encoder(kind: Kind, folder: Path, words: int) -> Encode:
     return encode
 
 
+def _try_changes(recipe: LoraRecipe) -> None:
+    """Make the changes of a recipe to a model without weights, and tell what is wrong before encoding."""
+    import diffusers
+
+    folder = Path(recipe.model.checkpoint)
+    config = _said(folder / "transformer" / "config.json") or _said(folder / "config.json")
+    kind = KINDS[recipe.model.name].transformer
+    if config.get("_class_name") == kind:
+        with torch.device("meta"):
+            _change(getattr(diffusers, kind).from_config(config), recipe)
+
+
+def _change(model: nn.Module, recipe: LoraRecipe) -> None:
+    """Give a model its adapters, the only part that learns, and the attention of a recipe."""
+    from peft import LoraConfig
+
+    part = recipe.lora
+    model.requires_grad_(False)
+    settings = LoraConfig(
+        r=part.rank, lora_alpha=part.alpha, lora_dropout=part.dropout, target_modules=part.targets,
+        init_lora_weights="gaussian",
+    )  # fmt: skip
+    try:
+        model.add_adapter(settings)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets={part.targets}: {' '.join(str(error).split())[:160]}") from None
+    if recipe.model.grad_checkpointing:
+        model.enable_gradient_checkpointing()
+    _apply(model, recipe)
+
+
 def _apply(model: nn.Module, recipe: LoraRecipe) -> None:
     """Put the attention of a recipe under a model, for good."""
     from zoo import diffusion
@@ -444,17 +466,22 @@ def _apply(model: nn.Module, recipe: LoraRecipe) -> None:
     how = recipe.attention
     if how.method == "none":
         return
-    arguments = dict(how.args)
-    if how.method == "pka":
-        arguments["conditions"] = tuple(recipe.data.conditions)
     apply = {
         "radial": diffusion.apply_radial_attention,
         "neighborhood": diffusion.apply_neighborhood,
         "pka": diffusion.apply_pka,
     }[how.method]
+    known = [name for name in list(inspect.signature(apply).parameters)[1:] if name != "conditions"]
+    for name in how.args:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f"attention.args: {how.method} has no {name}; use {', '.join(known)}{near}")
+    arguments = dict(how.args)
+    if how.method == "pka":
+        arguments["conditions"] = tuple(recipe.data.conditions)
     try:
         apply(model, **arguments)
-    except TypeError as error:
+    except (TypeError, ConfigError) as error:
         raise ConfigError(f"attention.args do not fit {how.method}: {error}") from None
 
 

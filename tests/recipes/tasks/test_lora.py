@@ -241,8 +241,6 @@ def test_flux_is_called_as_its_pipeline_calls_it():
     ("overrides", "words"),
     [
         (["attention.method=pka"], "is for model.name=flux"),
-        (["lora.targets=[nonesuch]"], "lora.targets=.'nonesuch'."),
-        (["attention.args={block: 3}"], "attention.args do not fit radial"),
         (["optim.ema=0.9"], "would copy the whole model"),
         (["model.checkpoint=nowhere"], "nowhere holds none of vae"),
         (["diffusion.objective=ddpm_v"], "is a rectified flow"),
@@ -283,6 +281,22 @@ def test_what_would_be_ignored_is_refused_in_one_line(tmp_path, kind, override, 
         ("hunyuan_video", ["data.width=40"], "data.width=40 must be a multiple of 16"),
         ("flux", ["data.image_size=30"], "data.image_size=30 must be a multiple of 4: latents"),
         ("flux", ["model.name=wan"], "is a FluxPipeline; model.name=wan wants a WanPipeline"),
+        ("wan", ["lora.targets=[nonesuch]"], "lora.targets=.'nonesuch'."),
+        (
+            "wan",
+            [*VIDEO, "attention.args={decay_facter: 0.2}"],
+            "radial has no decay_facter; use decay_factor, .* did you mean decay_factor",
+        ),
+        (
+            "wan",
+            [*VIDEO, "attention.args={dense_layers: 9}"],
+            "attention.args do not fit radial: dense_layers must lie",
+        ),
+        (
+            "flux",
+            [*PKA, "attention.args={keywords: []}"],
+            "attention.args do not fit pka: keywords must have",
+        ),
     ],
 )
 def test_pixels_and_pipelines_that_do_not_fit_are_one_line_before_anything_is_encoded(
