@@ -516,6 +516,8 @@ def pipeline_of(trained: Trained) -> Any:
     from zoo.diffusion.sampling import ImagePipeline
 
     recipe = trained.recipe
+    if recipe is not None and recipe.task == "lora":
+        raise ConfigError(f"{trained.source} holds adapters; load them into their pipeline to make images")
     if recipe is None or recipe.task != "generation":
         raise ConfigError(f"{trained.source} makes no images; train one with `zoo train generation/digits`")
     prompted = recipe.data.name in prompts.NAMES

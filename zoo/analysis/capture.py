@@ -203,7 +203,7 @@ def _from_timm(model: nn.Module, name: str, place: tuple[Tensor, Any], images: T
         return _from_windows(name, weights, *window)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
-        raise ConfigError(f"{type(model).__name__} does not say the size of its patches")
+        raise ConfigError(f"{type(model).__name__} has no patches of one size; known are {_SUPPORTED}")
     sides = patch if isinstance(patch, tuple | list) else (patch, patch)
     grid = tuple(length // side for length, side in zip(images.shape[-2:], sides, strict=True))
     prefix = weights.shape[-1] - grid[0] * grid[1]

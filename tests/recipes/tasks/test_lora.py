@@ -196,6 +196,8 @@ def test_adapters_train_under_a_sparse_attention_and_resume_exactly(run, kind, t
 @pytest.mark.slow
 def test_adapters_load_into_their_pipeline(run, wan, tmp_path):
     folder = run("wan", "adapted", "optim.epochs=1", "lora.rank=2", "lora.alpha=8").folder
+    with pytest.raises(ConfigError, match="holds adapters; load them into their pipeline"):
+        api.generate(folder)
     model = diffusers.WanTransformer3DModel.from_pretrained(wan, subfolder="transformer")
     pipe = diffusers.WanPipeline.from_pretrained(wan, transformer=model)
     inputs = tiny.wan_inputs(batch=1)
