@@ -544,6 +544,8 @@ def measure(cases: list[Case], path: Path | None, tuning: bool, end: float | Non
         return _measure(cases, results, tuning)
     except ContextLost as error:
         print(f"the device's context is lost: {told(error.__cause__)}", flush=True)
+        if results.seconds_left() < 30:
+            return 1
         again = [*sys.argv[1:], "--out", str(path), "--until", str(results.end)]
         os.execv(sys.executable, [sys.executable, __file__, *again])
 
