@@ -90,6 +90,7 @@ def test_a_run_that_makes_images_is_told_by_its_recipe(capsys, tmp_path):
     ("arguments", "message"),
     [
         (("nat_digits", "digits:3", "--size", "0"), "Invalid value for '--size'"),
+        (("nat_digits", "digits:3", "--size", "100000"), "Invalid value for '--size'"),
         (("nat_digits", "digits:3", "--size", "100000"), "4096"),  # in words that typer changes
         (("nat_digits", "digits:3", "--target", "99", "--what", "attention"), "--target must be 0 to 9"),
         (("nat_digits", "digits:²"), "digits:N needs a number"),
